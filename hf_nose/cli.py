@@ -1,0 +1,134 @@
+"""`hf-nose VERB`: a thin shell around the library; what is heavy is imported inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+VERBS = {
+    "run": "dense ViT in, compressed checkpoint out: all stages",
+    "profile": "entropy of every layer, in the folder of a run",
+    "select": "search the layers to remove, in the folder of a run",
+    "dilute": "train while the mask falls to 0, in the folder of a run",
+    "fold": "remove the diluted attention, in the folder of a run",
+    "report": "figures and report, in the folder of a run",
+    "evaluate": "accuracy of any model, dense or compressed",
+    "env": "versions and hardware, for a bug report",
+}
+OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `hf-nose`. Returns the exit code: 0, 1 unexpected, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    epilog = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="hf-nose",
+        description="Smaller and faster Vision Transformers by removing attention layers.",
+        epilog=f"verbs:\n{epilog}\n\n`hf-nose VERB --help` lists the options of a verb.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB")
+    verb = parser.parse_args(arguments[:1]).verb
+    return guarded(lambda: dispatch(verb, arguments[1:]))
+
+
+def dispatch(verb: str, arguments: list[str]) -> None:
+    """Runs one verb."""
+    if verb == "env":
+        return environment(arguments)
+    if verb == "evaluate":
+        return evaluate(arguments)
+    from transformers.utils import logging
+
+    from .settings import parse_settings
+
+    # The bars for reading and writing weights; those of the stages stay.
+    logging.disable_progress_bar()
+    if verb == "run":
+        settings = parse_settings(arguments, prog="hf-nose run")
+        from .run import run_job
+
+        run_job(settings)
+        return None
+    parser = argparse.ArgumentParser(prog=f"hf-nose {verb}", add_help=False, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, nargs="?")
+    folder, flags = parser.parse_known_args(arguments)
+    if folder.folder is None:
+        raise ValueError(f"Give the folder of a run: hf-nose {verb} DIR [settings].")
+    from .run import folder_settings, rerun_stage
+
+    base = folder_settings(folder.folder)
+    flags += ["--output_dir", str(folder.folder)]
+    rerun_stage(parse_settings(flags, prog=f"hf-nose {verb} DIR", base=base), verb)
+    return None
+
+
+def evaluate(arguments: list[str]) -> None:
+    """`hf-nose evaluate`: accuracy of one model on one data set, as JSON on the last line."""
+    parser = argparse.ArgumentParser(prog="hf-nose evaluate", allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="Hub id or folder, dense or compressed")
+    parser.add_argument("--dataset", required=True, help="'digits', a parquet file, a folder or a Hub id")
+    parser.add_argument("--eval_split", help="split to evaluate on")
+    parser.add_argument("--image_column", help="column of images")
+    parser.add_argument("--label_column", help="column of labels")
+    parser.add_argument("--max_eval_samples", type=int, help="a sample of so many images")
+    parser.add_argument("--eval_batch_size", type=int, default=64, help="images a forward")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    options = parser.parse_args(arguments)
+    from .evaluation import evaluate_checkpoint
+
+    sys.stdout.write(json.dumps(evaluate_checkpoint(**vars(options))) + "\n")
+
+
+def environment(arguments: list[str]) -> None:
+    """`hf-nose env`: versions and hardware, without host name or paths."""
+    argparse.ArgumentParser(prog="hf-nose env").parse_args(arguments)
+    from .files import versions
+    from .profiling import hardware
+
+    sys.stdout.write(json.dumps({"versions": versions(), "hardware": hardware()}, indent=2) + "\n")
+
+
+def guarded(verb: Callable[[], None]) -> int:
+    """Turns errors that a person can act on into one line and an exit code; the rest keep their traceback."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    # A full disk shows as OSError, SafetensorError or RuntimeError, by writer.
+    expected = (ValueError, OSError, ArithmeticError, RuntimeError, StrictDataclassError, SafetensorError)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        verb()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. Finished stages and checkpoints are kept: continue with --resume.\n")
+        return INTERRUPTED
+    except Terminated:
+        sys.stderr.write("\nTerminated. Finished stages and checkpoints are kept: continue with --resume.\n")
+        return TERMINATED
+    except expected as error:
+        if os.environ.get("HF_NOSE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"hf-nose: {error}\n(HF_NOSE_TRACEBACK=1 shows where.)\n")
+        return BAD_INPUT if isinstance(error, ValueError | StrictDataclassError) else FAILED
+    return OK
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt, nothing but the top level may catch it."""
+
+
+def stop(_signal: int, _frame: object) -> None:
+    """Signal handler: ends the verb through its `finally` blocks."""
+    raise Terminated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Dilution: train while the mask M falls from 1 to 0 and the attention of the selected layers fades out (Eq. 8, 9)."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .modeling_nose_vit import nose_vit
+from .schedules import SCHEDULES, UNITS, scheduled_mask
+
+
+class DilutionCallback(TrainerCallback):
+    """
+    Sets the mask M before every optimizer step (Eq. 8). It holds no state: M follows from the step, so a resumed run
+    goes on along the same curve.
+
+    Args:
+        schedule (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`, `"cosine"`, or `"one_shot"`: M = 0 from the first step, for layers without compensation.
+        decay (`float`, *optional*, defaults to 0.75):
+            How long M falls: a fraction of training in (0, 1], or a whole number of units above 1. Then M stays 0.
+        unit (`str`, *optional*, defaults to `"step"`):
+            `"step"` or `"epoch"`: M changes with every step or is constant within an epoch.
+
+    Raises:
+        `ValueError`: for an option out of range; at the start of training for a decay longer than it, for a model
+            without diluted layers, and for `one_shot` with feature compensation.
+    """
+
+    def __init__(self, schedule: str = "linear", decay: float = 0.75, unit: str = "step"):
+        for name, value, known in (("schedule", schedule, SCHEDULES), ("unit", unit, UNITS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}.")
+        self.schedule, self.decay, self.unit = schedule, decay, unit
+
+    def mask_at(self, step: int, state: TrainerState) -> float:
+        """M at optimizer step `step`, from 0."""
+        return scheduled_mask(self.schedule, self.decay, self.unit, step, state.max_steps, state.num_train_epochs)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        config = nose_vit(model).config
+        if not config.diluted_attention_layers:
+            raise ValueError("The model has no diluted layers: call model.dilute([...]) before training.")
+        compensated = set(config.diluted_attention_layers) & set(config.compensated_attention_layers)
+        if self.schedule == "one_shot" and compensated:
+            raise ValueError(
+                f"schedule='one_shot' removes at once, as f = x, but layers {sorted(compensated)} use feature "
+                "compensation: dilute them with feature_compensation=False."
+            )
+        self.mask_at(0, state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        nose_vit(model).set_mask(self.mask_at(state.global_step, state))

@@ -1,0 +1,57 @@
+"""Accuracy of any checkpoint, dense or compressed, on any data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+from .context import Progress, choose_device
+from .data import load_image_data
+from .images import ImageBatches, ImageDataset, load_processor
+from .launch import check_launch
+from .metrics import evaluate_model
+from .modeling_nose_vit import NoseViTForImageClassification
+
+
+def evaluate_checkpoint(
+    model: str,
+    dataset: str,
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    max_eval_samples: int | None = None,
+    eval_batch_size: int = 64,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Evaluates `model` (a Hub id or folder of a ViT or NoseViT) on a whole split of `dataset`.
+
+    Returns:
+        `{"top1", "top5", "loss", "num_images", "notes"}`, accuracies as fractions, loss in nats.
+
+    Raises:
+        `ValueError`: where model or data cannot be used, see [`~hf_nose.data.load_image_data`].
+    """
+    target = choose_device(device)
+    state = PartialState(cpu=target.type == "cpu")
+    check_launch(state.num_processes)
+    try:
+        loaded = NoseViTForImageClassification.from_vit(model).eval()
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {model} are corrupt or truncated: {error}.") from error
+    data = load_image_data(
+        dataset,
+        image_column=image_column,
+        label_column=label_column,
+        seed=seed,
+        eval_split=eval_split,
+        max_eval_samples=max_eval_samples,
+        evaluation_only=True,
+    )
+    columns = data.image_column, data.label_column
+    images = ImageDataset(data.evaluation, load_processor(model), *columns, num_labels=loaded.num_labels)
+    with Progress(ImageBatches(images, eval_batch_size), "Evaluating", disable=not state.is_main_process) as batches:
+        return {**evaluate_model(loaded, batches, target), "notes": data.notes}

@@ -1,0 +1,415 @@
+"""A Vision Transformer whose attention layers are kept, diluted or removed, as the configuration says.
+
+This file travels to the Hub beside the weights: it imports nothing but torch, transformers and its neighbours.
+Equation numbers are those of "MLP Can Be A Good Transformer Learner" (arXiv 2404.05657).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.functional import layer_norm
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
+from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTMLP, ViTPooler, ViTPreTrainedModel
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_nose_vit import NoseViTConfig
+from .conversion_nose_vit import convert_vit
+
+
+MASK_GAINS = {"skip": 1, "double": 2}
+
+
+class NoseViTLayer(GradientCheckpointingLayer):
+    """
+    One pre-norm block, `f = Attn(LN1(x)) + x`, `out = MLP(LN2(f)) + f`, with its attention kept, diluted (Eq. 8, 9)
+    or removed. `gain` is what is left of the first line where attention is not computed: `f = gain * x`; it is `None`
+    where attention is computed.
+    """
+
+    def __init__(self, config: NoseViTConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.is_compensated = layer in config.compensated_attention_layers
+        self.gain: int | None = None
+        if layer in config.removed_attention_layers:
+            self.gain = 2 if self.is_compensated else 1
+        else:
+            self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, layer - 1))
+            self.attention = ViTAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, layer))
+        self.mlp = ViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = Dinov2DropPath(config.drop_path(layer))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        if self.gain is None:
+            update = self.attend(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+            update = self.drop_path(self.dropout(update))
+            if mask is not None:
+                update = mask * update
+                if self.is_compensated:
+                    hidden_states = (2 - mask) * hidden_states
+            hidden_states = update + hidden_states
+        elif self.gain != 1:
+            hidden_states = self.gain * hidden_states
+        update = self.feed_forward(self.layernorm_after(hidden_states))
+        return self.drop_path(self.dropout(update)) + hidden_states
+
+    def attend(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        """Attention over (batch, tokens, hidden); outside training by `config.chunk_size_attention` images."""
+        size = self.config.chunk_size_attention
+        # Recorded attentions are one tensor a layer, so there are no slices where they are asked for.
+        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        if self.training or wants_attentions or not 0 < size < hidden_states.shape[0]:
+            return self.attention(hidden_states, attention_mask, **kwargs)[0]
+        masks = (None,) * -(-hidden_states.shape[0] // size) if attention_mask is None else attention_mask.split(size)
+        slices = zip(hidden_states.split(size), masks, strict=True)
+        return torch.cat([self.attention(images, mask, **kwargs)[0] for images, mask in slices])
+
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The MLP over (batch, tokens, hidden), in slices of `config.chunk_size_feed_forward` tokens."""
+        size = self.config.chunk_size_feed_forward
+        if size <= 0:
+            return self.mlp(hidden_states)
+        tokens = hidden_states.flatten(0, -2)
+        return torch.cat([self.mlp(part) for part in tokens.split(size)]).view_as(hidden_states)
+
+
+class NoseViTPreTrainedModel(ViTPreTrainedModel):
+    """Loading, `from_vit`, and the only ways to change the state of a block in place."""
+
+    config: NoseViTConfig
+    config_class = NoseViTConfig
+    base_model_prefix = "vit"
+    _no_split_modules = ["ViTEmbeddings", "NoseViTLayer"]
+    _can_record_outputs = {"hidden_states": NoseViTLayer, "attentions": ViTAttention}
+    # A dense checkpoint has no mask; M must not be rounded by a half-precision load.
+    _keys_to_ignore_on_load_missing = [r"dilution_mask$"]
+    _keep_in_fp32_modules_strict = ["dilution_mask"]
+
+    def __init__(self, config: NoseViTConfig, *args, **kwargs):
+        # Arguments of `from_pretrained` and assignments reach a config after its own validation.
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, NoseViTModel) and module.dilution_mask is not None:
+            init.ones_(module.dilution_mask)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Weights are assigned here without `load_state_dict`, whose hook would have done it.
+        nose_vit(model).sync_gains()
+        return loaded
+
+    @classmethod
+    def from_vit(
+        cls,
+        model_or_id: PreTrainedModel | str,
+        removed_attention_layers: Iterable[int] = (),
+        feature_compensation: bool = False,
+        force: bool = False,
+        num_labels: int | None = None,
+        **config_fields,
+    ):
+        """
+        Copies a dense ViT (or an already compressed one) into this class, without the attention of some blocks.
+
+        Args:
+            model_or_id ([`PreTrainedModel`] or `str`):
+                A ViT object, a Hub id or a folder; old key names included.
+            removed_attention_layers (`Iterable[int]`, *optional*):
+                Blocks to leave without attention, on top of those the source has lost. They become `f = x`.
+            feature_compensation (`bool`, *optional*, defaults to `False`):
+                Whether the removed blocks double the stream instead. Dense weights were not trained for that and end
+                at chance level, so it is refused unless forced.
+            force (`bool`, *optional*, defaults to `False`):
+                Allows `feature_compensation=True` here.
+            num_labels (`int`, *optional*):
+                Gives the model a new, random head of that many classes instead of the source's.
+            config_fields:
+                Further fields of the new [`NoseViTConfig`], such as `drop_path_rate`.
+
+        Raises:
+            `ValueError`: where the source is not a pre-norm ViT, or its keys and ours do not match one to one.
+        """
+        return convert_vit(
+            cls,
+            model_or_id,
+            removed_attention_layers=list(removed_attention_layers),
+            feature_compensation=feature_compensation,
+            force=force,
+            num_labels=num_labels,
+            **config_fields,
+        )
+
+    def dilute(self, layers: Iterable[int], feature_compensation: bool = True) -> None:
+        """
+        Puts the attention of `layers` under the mask M, starting at M = 1, where nothing changes (Eq. 8; Eq. 9 with
+        `feature_compensation`). Raises `ValueError` for a layer that is not kept.
+        """
+        vit, layers = nose_vit(self), list(layers)
+        config = vit.config
+        candidates = vit.kept_attention_layers
+        if not set(layers) <= set(candidates) or len(set(layers)) != len(layers):
+            raise ValueError(f"layers must be distinct and among the kept ones {candidates}, got {layers}.")
+        old = dict(zip(config.diluted_attention_layers, vit.mask_values(), strict=True))
+        before = {name: getattr(config, name) for name in ("diluted_attention_layers", "compensated_attention_layers")}
+        config.diluted_attention_layers = sorted([*config.diluted_attention_layers, *layers])
+        if feature_compensation:
+            config.compensated_attention_layers = sorted([*config.compensated_attention_layers, *layers])
+        try:
+            config.validate()
+        except Exception:
+            for name, value in before.items():
+                setattr(config, name, value)
+            raise
+        values = [old.get(layer, 1.0) for layer in config.diluted_attention_layers]
+        vit.dilution_mask = torch.tensor(values, dtype=torch.float32, device=vit.device) if values else None
+        for layer in layers:
+            vit.blocks[layer].is_compensated = feature_compensation
+        vit.sync_gains()
+
+    def set_mask(self, value: float | Iterable[float]) -> None:
+        """
+        Sets M of the diluted layers: one number for all, or one per layer in ascending order, each in [0, 1]. Once
+        all are 0 the attention of these layers is not computed. Raises `ValueError` for anything else.
+        """
+        vit = nose_vit(self)
+        count = len(vit.config.diluted_attention_layers)
+        values = [float(value)] * count if isinstance(value, int | float) else [float(item) for item in value]
+        if len(values) != count or not all(0.0 <= item <= 1.0 for item in values):
+            raise ValueError(f"value must be in [0, 1], one or {count} of them (one per diluted layer), got {value}.")
+        if vit.dilution_mask is not None:
+            # In place, so that a compiled graph stays valid.
+            vit.dilution_mask.copy_(torch.tensor(values))
+        vit.sync_gains(values)
+
+    @contextmanager
+    def masked_attention(self, layers: Iterable[int], mask: str = "skip") -> Iterator[None]:
+        """
+        Within the context the attention of `layers` is not computed: `f = x` (`mask="skip"`) or `f = 2x`
+        (`mask="double"`). Raises `ValueError` for a layer that has no attention, or an unknown mask.
+        """
+        vit, layers = nose_vit(self), list(layers)
+        if mask not in MASK_GAINS:
+            raise ValueError(f"mask must be one of {sorted(MASK_GAINS)}, got {mask!r}.")
+        removed = vit.config.removed_attention_layers
+        bad = [layer for layer in layers if layer in removed or not 0 <= layer < len(vit.layers)]
+        if bad:
+            raise ValueError(
+                f"layers must have attention to mask, but {bad} do not; {len(vit.layers)} blocks, {removed} removed."
+            )
+        before = {layer: vit.blocks[layer].gain for layer in layers}
+        try:
+            for layer in layers:
+                vit.blocks[layer].gain = MASK_GAINS[mask]
+            yield
+        finally:
+            for layer, gain in before.items():
+                vit.blocks[layer].gain = gain
+
+
+def rescale_hidden_states(forward: Callable) -> Callable:
+    """Multiplies recorded hidden states back by what folding divided out; sits outside the hooks that record them."""
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        output = forward(self, *args, return_dict=True, **kwargs)
+        if self.config.folded_attention_layers and output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(
+                state if state is None else state * self.config.stream_scale(layer)
+                for layer, state in enumerate(output["hidden_states"], start=-1)
+            )
+        return output.to_tuple() if return_dict is False else output
+
+    return wrapper
+
+
+class NoseViTModel(NoseViTPreTrainedModel):
+    """The bare model: embeddings, blocks, final LayerNorm, and a pooler only where `config.use_pooler` says so."""
+
+    dilution_mask: torch.Tensor | None
+
+    def __init__(self, config: NoseViTConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = ViTEmbeddings(config)
+        self.layers = nn.ModuleList(NoseViTLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, config.num_hidden_layers - 1))
+        self.pooler = ViTPooler(config) if config.use_pooler and add_pooling_layer else None
+        count = len(config.diluted_attention_layers)
+        self.register_buffer("dilution_mask", torch.ones(count, dtype=torch.float32) if count else None)
+        self.is_mask_zero = False
+        self._start: tuple[int, torch.Tensor] | None = None
+        self.register_load_state_dict_post_hook(sync_gains_after_loading)
+        self.post_init()
+
+    @property
+    def blocks(self) -> list[NoseViTLayer]:
+        """The blocks, from the input on."""
+        return cast(list[NoseViTLayer], list(self.layers))
+
+    @property
+    def kept_attention_layers(self) -> list[int]:
+        """Blocks whose attention is whole: neither diluted nor removed."""
+        gone = {*self.config.removed_attention_layers, *self.config.diluted_attention_layers}
+        return [layer for layer in range(self.config.num_hidden_layers) if layer not in gone]
+
+    def mask_values(self) -> list[float]:
+        """M, one number in [0, 1] per diluted layer in ascending order."""
+        return [] if self.dilution_mask is None else self.dilution_mask.tolist()
+
+    def sync_gains(self, values: list[float] | None = None) -> None:
+        """Sets, from M, whether diluted attention is computed: a Python flag, so that compiling sees it."""
+        if self.dilution_mask is not None and self.dilution_mask.is_meta:
+            return
+        values = self.mask_values() if values is None else values
+        self.is_mask_zero = bool(values) and not any(values)
+        for layer in self.config.diluted_attention_layers:
+            block = self.blocks[layer]
+            block.gain = (2 if block.is_compensated else 1) if self.is_mask_zero else None
+
+    @contextmanager
+    def starting_at(self, layer: int, hidden_states: torch.Tensor) -> Iterator[None]:
+        """
+        Within the context a forward skips the embeddings and the blocks before `layer`: block `layer` is fed
+        `hidden_states` (its recorded input). The head and whatever wraps this model run as ever.
+        """
+        self._start = (layer, hidden_states)
+        try:
+            yield
+        finally:
+            self._start = None
+
+    @rescale_hidden_states
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """`pixel_values` (batch, channels, height, width) -> tokens after the final norm (batch, tokens, hidden)."""
+        if self._start is None:
+            first = 0
+            pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
+        else:
+            first, hidden_states = self._start
+        token_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        diluted = self.config.diluted_attention_layers
+        values = () if self.dilution_mask is None else self.dilution_mask.unbind()
+        masks = dict(zip(diluted, values, strict=True))
+        for layer in range(first, len(self.layers)):
+            hidden_states = self.layers[layer](hidden_states, token_mask, mask=masks.get(layer), **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = None if self.pooler is None else self.pooler(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class NoseViTForImageClassification(NoseViTPreTrainedModel):
+    """A linear head on the class token after the final norm."""
+
+    def __init__(self, config: NoseViTConfig):
+        super().__init__(config)
+        self.num_labels: int = config.num_labels or 0
+        self.vit = NoseViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """`pixel_values` (batch, channels, height, width), `labels` (batch,) -> logits (batch, classes) and loss."""
+        outputs = self.vit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, **kwargs
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class NoseViTBackbone(BackboneMixin, NoseViTPreTrainedModel):
+    """Feature maps of chosen stages. Its keys are those of the classifier, whose weights therefore load unmapped."""
+
+    def __init__(self, config: NoseViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.vit = NoseViTModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BackboneOutput:
+        """`pixel_values` (batch, channels, height, width) -> maps (batch, hidden, height / patch, width / patch)."""
+        embeddings = self.vit.embeddings
+        size, patch = tuple(pixel_values.shape[-2:]), embeddings.patch_embeddings.patch_size
+        kwargs.setdefault("interpolate_pos_encoding", size != tuple(embeddings.image_size))
+        outputs = self.vit(pixel_values, attention_mask=attention_mask, **kwargs)
+        norm, feature_maps = self.vit.layernorm, []
+        for stage, state in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage in self.out_features:
+                if self.config.apply_layernorm:
+                    # The states are unfolded here, so the unfolded eps belongs to them.
+                    state = layer_norm(state, state.shape[-1:], norm.weight, norm.bias, self.config.layer_norm_eps)
+                patches = state[:, 1:].unflatten(1, (size[0] // patch[0], size[1] // patch[1]))
+                feature_maps.append(patches.permute(0, 3, 1, 2).contiguous())
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def scaled_eps(config: NoseViTConfig, layer: int) -> float:
+    """`eps / s^2`: the LayerNorm of a stream divided by s, exact because s is a power of two."""
+    return config.layer_norm_eps / config.stream_scale(layer) ** 2
+
+
+def sync_gains_after_loading(module: NoseViTModel, _incompatible_keys) -> None:
+    """`load_state_dict` post-hook, a named function so that a model can be pickled."""
+    module.sync_gains()
+
+
+def nose_vit(model: nn.Module) -> NoseViTModel:
+    """The one [`NoseViTModel`] in `model.modules()`, whatever head or wrapper is around it; `ValueError` otherwise."""
+    found = [module for module in model.modules() if isinstance(module, NoseViTModel)]
+    if len(found) != 1:
+        raise ValueError(f"model must hold exactly one NoseViTModel, {type(model).__name__} holds {len(found)}.")
+    return found[0]
+
+
+__all__ = ["NoseViTBackbone", "NoseViTForImageClassification", "NoseViTModel", "NoseViTPreTrainedModel"]

@@ -1,0 +1,43 @@
+"""One process or several: whole batches are dealt to the ranks, and what they found is merged alike on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate.utils import gather_object
+
+
+Batch = Mapping[str, torch.Tensor]
+Batches = Sequence[Batch] | Iterable[Batch]
+
+
+class Mergeable(Protocol):
+    """What a rank found, to be added up."""
+
+    def merge(self, other: Any) -> Any:
+        """Adds what `other` found."""
+
+
+Found = TypeVar("Found", bound=Mergeable)
+
+
+def deal(batches: Batches, rank: int, world_size: int) -> Iterator[tuple[int, Batch]]:
+    """
+    The batches of one rank with their numbers: whole ones, dealt in turn, so none is padded and every forward sees the
+    batch size it would in one process. Of a sequence a rank builds only its own.
+    """
+    if isinstance(batches, Sequence):
+        return ((number, batches[number]) for number in range(rank, len(batches), world_size))
+    return islice(enumerate(batches), rank, None, world_size)
+
+
+def merge_across_processes(found: dict[Any, Found], empty: Callable[[], Found]) -> dict[Any, Found]:
+    """Merges each entry over all processes, in the same order everywhere, so that every rank holds the same bits."""
+    merged = {key: empty() for key in found}
+    for part in gather_object([found]):
+        for key, value in part.items():
+            merged[key].merge(value)
+    return merged

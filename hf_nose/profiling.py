@@ -1,0 +1,248 @@
+"""What a model costs: its parameters, its multiply-accumulates, and its images per second beside another model's."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification, PretrainedConfig
+from transformers.models.vit.modeling_vit import ViTAttention
+
+
+LAYER_NORM_MACS_PER_ELEMENT = 5
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, trained or frozen, each counted once where it is shared; buffers (the mask M) are none."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(
+    config_or_model: PretrainedConfig | nn.Module, image_size: int | tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """
+    Multiply-accumulates of one image (METHOD: per block 4 N d^2 + 2 N^2 d for the attention and 8 N d^2 for the MLP,
+    plus patch embedding and head, a LayerNorm at 5 per element; softmax, activations and sums are not counted).
+
+    One forward on the meta device, counted by hooks from the shapes that really pass: a block without attention, an
+    attention that is not computed because M = 0, and tokens dropped on the way are all seen. Nothing is computed, and
+    the weights of a model are neither copied nor touched.
+
+    Args:
+        config_or_model (`PretrainedConfig` or `nn.Module`):
+            The configuration of an image classifier, or a model that takes `pixel_values` and has a `config`.
+        image_size (`int` or `tuple[int, int]`, *optional*):
+            Height and width in pixels; the config's by default. Another size interpolates the position embeddings.
+
+    Returns:
+        `dict`: `total` (`int`) and `by_module` (the `int` of every module that has any, by its qualified name; the two
+        products of an attention, q k^T and its rows times v, stand under the attention's own name).
+
+    Raises:
+        ValueError: where the model has no `Linear`, `Conv2d` or `LayerNorm`, so that there is nothing to count.
+
+    Source: arXiv 2404.05657, Tables 1 and 8.
+    """
+    if isinstance(config_or_model, PretrainedConfig):
+        with torch.device("meta"):
+            model: Any = AutoModelForImageClassification.from_config(config_or_model)
+    else:
+        model = _meta_copy(config_or_model)
+    model.eval()
+    config = model.config
+    own_size = _height_and_width(config.image_size)
+    size = own_size if image_size is None else _height_and_width(image_size)
+
+    macs: dict[str, int] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, ViTAttention):
+            handles += _attention_hooks(name, module, macs)
+        elif isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
+            handles.append(module.register_forward_hook(_leaf_hook(name, macs)))
+    if not handles:
+        raise ValueError(
+            f"config_or_model: {type(model).__name__} has no Linear, Conv2d or LayerNorm to count. "
+            "Give a Vision Transformer."
+        )
+    pixel_values = torch.empty(1, config.num_channels, *size, device="meta")
+    more = {} if size == own_size else {"interpolate_pos_encoding": True}
+    try:
+        with torch.no_grad():
+            model(pixel_values=pixel_values, **more)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {"total": sum(macs.values()), "by_module": macs}
+
+
+def _height_and_width(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy with its tensors on the meta device: the memo answers for every tensor before it is read."""
+    tensors: dict[int, Any] = {}
+    for parameter in model.parameters():
+        tensors[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        tensors[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, tensors).float()
+
+
+def _leaf_hook(name: str, macs: dict[str, int]) -> Callable[..., None]:
+    def add(module: nn.Module, _: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            cost = output.numel() * module.in_features
+        elif isinstance(module, nn.Conv2d):
+            cost = output.numel() * module.weight[0].numel()
+        else:
+            cost = output.numel() * LAYER_NORM_MACS_PER_ELEMENT
+        macs[name] = macs.get(name, 0) + cost
+
+    return add
+
+
+def _attention_hooks(name: str, attention: ViTAttention, macs: dict[str, int]) -> list[Any]:
+    """The two products of an attention have no module of their own: 2 x queries x keys x d, as projected."""
+    queries: list[torch.Size] = []
+
+    def remember(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        queries.append(output.shape)
+
+    def add(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+        num_keys = output.shape[-2]
+        macs[name] = macs.get(name, 0) + 2 * queries.pop().numel() * num_keys
+
+    return [attention.q_proj.register_forward_hook(remember), attention.k_proj.register_forward_hook(add)]
+
+
+def compare_throughput(
+    models: Mapping[str, nn.Module], batch: torch.Tensor, rounds: int = 20, warmup: int = 3
+) -> dict[str, dict[str, Any]]:
+    """
+    Images per second of several models side by side in one process, interleaved: every round runs each model once, in
+    the order given (A B A B ...), so that a machine that slows down slows them all. Inference as it is used: `eval`,
+    no gradients, the whole forward from pixels to logits. Each model's mode is put back.
+
+    Device events time a CUDA device, the process's clock everything else, after the device has finished.
+
+    Args:
+        models (`dict[str, nn.Module]`):
+            The models by name, on the device of `batch`; the first is the one that the others are compared with.
+        batch (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            The images, in the models' dtype.
+        rounds (`int`, *optional*, defaults to 20):
+            Timed forwards of each model, at least 2.
+        warmup (`int`, *optional*, defaults to 3):
+            Rounds before those, not timed.
+
+    Returns:
+        `dict`: for every name `images_per_s` (the median over rounds), `quartiles` (the lower and the upper), and
+        `ratio_to_first`, the median over rounds of its images per second divided by the first model's in the same
+        round; above 1 is faster.
+
+    Raises:
+        ValueError: for no models, fewer than 2 rounds or a negative number of warm-up rounds.
+    """
+    if not models:
+        raise ValueError("models must hold at least one model, got none. Give {'dense': model, ...}.")
+    if rounds < 2:
+        raise ValueError(f"rounds must be at least 2 for quartiles, got {rounds}.")
+    if warmup < 0:
+        raise ValueError(f"warmup must be 0 or more, got {warmup}.")
+    timed = _cuda_seconds if batch.device.type == "cuda" else _clock_seconds
+    modes = {name: model.training for name, model in models.items()}
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    try:
+        for model in models.values():
+            model.eval()
+        with torch.inference_mode():
+            for step in range(warmup + rounds):
+                for name, model in models.items():
+                    seconds = timed(model, batch)
+                    if step >= warmup:
+                        rates[name].append(len(batch) / seconds)
+    finally:
+        for name, model in models.items():
+            model.train(modes[name])
+
+    first = rates[next(iter(models))]
+    results = {}
+    for name, values in rates.items():
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        ratios = [rate / first_rate for rate, first_rate in zip(values, first, strict=True)]
+        results[name] = {
+            "images_per_s": median,
+            "quartiles": [lower, upper],
+            "ratio_to_first": statistics.median(ratios),
+        }
+    return results
+
+
+def _cuda_seconds(model: nn.Module, batch: torch.Tensor) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(batch.device)
+    torch.cuda.synchronize(batch.device)
+    start.record(stream)
+    model(batch)
+    end.record(stream)
+    torch.cuda.synchronize(batch.device)
+    return start.elapsed_time(end) / 1000.0
+
+
+def _clock_seconds(model: nn.Module, batch: torch.Tensor) -> float:
+    _finish(batch.device)
+    start = time.perf_counter()
+    model(batch)
+    _finish(batch.device)
+    return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for a device that computes beside the process."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+
+
+def hardware(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """
+    What a number was measured on, for the record beside it. Holds no host name, user name or path.
+
+    Args:
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): where the models ran.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): the dtype they ran in.
+
+    Returns:
+        `dict`: `device` (`"cpu"`, `"cuda"` or `"mps"`), `accelerator` (the GPU's name, `None` without one),
+        `processor`, `system`, `cores` (those this process may use), `threads` (those torch uses), `dtype`,
+        `float32_precision`.
+    """
+    kind = torch.device(device).type
+    return {
+        "device": kind,
+        "accelerator": torch.cuda.get_device_name(device) if kind == "cuda" else None,
+        "processor": _processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "float32_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _processor() -> str:
+    """The processor's model name where Linux tells it (not on every architecture), otherwise what Python knows."""
+    if platform.system() == "Linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

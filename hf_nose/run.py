@@ -1,0 +1,176 @@
+"""The main job: dense ViT in, compressed and folded checkpoint out; every stage leaves its file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration_nose_vit import NoseViTConfig
+from .context import RECORDS, RunContext
+from .files import locked, write_text
+from .profiling import count_macs, count_parameters
+from .report import load_line, summary_table
+from .schedules import scheduled_mask
+from .settings import STAGES, Settings
+from .stages import STAGE_FUNCTIONS, dense_model, num_layers, parse_layers
+
+
+# Everything a run may leave in its folder; nothing else is ever deleted.
+FILES = (*RECORDS.values(), "settings.yaml", "report.md")
+FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training")
+
+
+def run_job(settings: Settings) -> RunContext:
+    """Runs the stages of `settings` in the run's folder, or shows what they would do with `dry_run`."""
+    run = RunContext(settings)
+    if settings.dry_run:
+        dry_run(run)
+        return run
+    with locked(run.folder) if run.is_main else nullcontext():
+        open_folder(run)
+        run.state.wait_for_everyone()
+        run_stages(run, [stage for stage in STAGES if stage in settings.stage_list])
+        finish(run)
+    return run
+
+
+def rerun_stage(settings: Settings, stage: str) -> RunContext:
+    """Runs one stage of an existing folder again; what later stages made of its old result is dropped."""
+    run = RunContext(settings)
+    with locked(run.folder) if run.is_main else nullcontext():
+        check_settings(run, [other for other in STAGES[: STAGES.index(stage)] if run.is_finished(other)])
+        for later in STAGES[STAGES.index(stage) :]:
+            run.forget(later)
+        drop_training(run, stage)
+        run.state.wait_for_everyone()
+        if run.is_main:
+            write_text(run.folder / "settings.yaml", settings.to_yaml())
+        run_stages(run, [stage])
+    return run
+
+
+def run_stages(run: RunContext, stages: Sequence[str]) -> None:
+    """Runs stages in order, skipping those that have left their record; the report is always made anew."""
+    for number, stage in enumerate(stages, start=1):
+        if run.is_finished(stage) and stage != "report":
+            run.say(f"[{number}/{len(stages)}] {stage}: finished before")
+            continue
+        run.say(f"[{number}/{len(stages)}] {stage}")
+        run.write(stage, STAGE_FUNCTIONS[stage](run))
+
+
+def open_folder(run: RunContext) -> None:
+    """Makes the run's folder ready: empty, continued or overwritten; refuses anything else."""
+    if not run.is_main:
+        return
+    settings, used = run.settings, [name for name in (*FILES, *FOLDERS) if (run.folder / name).exists()]
+    strangers = [path.name for path in run.folder.iterdir() if path.name not in (*FILES, *FOLDERS, ".lock")]
+    strangers = [name for name in strangers if not name.endswith((".partial", ".old"))]
+    if settings.overwrite:
+        for name in used:
+            path = run.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif settings.resume:
+        check_settings(run, [stage for stage in STAGES if run.is_finished(stage)])
+    elif used or strangers:
+        raise ValueError(
+            f"output_dir {run.folder} is not empty ({', '.join(sorted(used or strangers)[:4])}): continue it with "
+            "--resume, delete what is in it with --overwrite, or name another folder."
+        )
+    write_text(run.folder / "settings.yaml", settings.to_yaml())
+
+
+def check_settings(run: RunContext, stages: Sequence[str]) -> None:
+    """Refuses, by key, settings that differ from those a finished stage was run with."""
+    changed = []
+    for stage in stages:
+        before = run.read(stage)["settings"]
+        for name, now in run.settings.of_stage(stage).items():
+            if before.get(name) != now:
+                changed.append(f"{name} (stage {stage}: {before.get(name)!r}, now {now!r})")
+    if changed:
+        raise ValueError(
+            f"Finished stages were run with other settings: {'; '.join(changed)}. Keep them, run the stage again by "
+            f"`hf-nose STAGE {run.folder} ...`, or start anew with --overwrite."
+        )
+
+
+def drop_training(run: RunContext, stage: str) -> None:
+    """Checkpoints of a stage that is run anew would otherwise be resumed."""
+    arms = {"prepare": ("dense",), "dilute": ("dilution", "dense_control")}.get(stage, ())
+    for arm in arms if run.is_main else ():
+        folder = run.folder / "training" / arm
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def finish(run: RunContext) -> None:
+    """The last words of a run: a short table and the line of code that loads the result."""
+    if not run.is_main:
+        return
+    if run.is_finished("evaluate"):
+        run.say("\n" + summary_table(run.folder))
+    if (run.folder / "model").is_dir():
+        run.say("\nLoad it:\n" + load_line(run.folder / "model"))
+    if run.is_finished("report"):
+        run.say(f"\nReport: {run.folder / 'report.md'}")
+
+
+def dry_run(run: RunContext) -> None:
+    """Shows what the run would do, and runs one forward; writes nothing."""
+    settings = run.settings
+    run.say(settings.to_yaml())
+    classes = run.data.class_names if settings.model.endswith(("digits-vit", ".json")) else None
+    model, _ = dense_model(settings, classes)
+    layers = None if settings.layers is None else sorted(parse_layers(settings.layers))
+    count = num_layers(settings, model.config) if layers is None else len(layers)
+    candidates = model.vit.kept_attention_layers
+    # Which layers go changes neither parameters nor MACs.
+    gone = candidates[:count] if layers is None else layers
+    removed = [*model.config.removed_attention_layers, *gone]
+    config = NoseViTConfig.from_vit(model.config, removed_attention_layers=removed)
+    with torch.device("meta"):
+        compressed = type(model)(config)
+    run.say(f"Layers: {'to be searched' if layers is None else layers}, {count} of {len(candidates)}")
+    for name, function, unit in (("Parameters", count_parameters, 1e6), ("MACs", macs, 1e9)):
+        before, after = function(model), function(compressed)
+        scale = "M" if unit == 1e6 else "G"
+        run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
+    if settings.is_trained:
+        run.say(f"Schedule: {schedule_points(settings)}; compensation {'on' if settings.uses_compensation else 'off'}")
+    shape = (1, model.config.num_channels, *model.vit.embeddings.image_size)
+    with torch.no_grad():
+        logits = model.eval().to(run.device)(torch.zeros(shape, device=run.device)).logits
+    finite = bool(logits.isfinite().all())
+    run.say(f"One forward on {run.device}: {tuple(shape)} -> {tuple(logits.shape)}, finite: {finite}")
+    run.say("Dry run: nothing was written.")
+
+
+def macs(model: torch.nn.Module) -> int:
+    """Multiply-accumulates of one forward of one image."""
+    return count_macs(model)["total"]
+
+
+def schedule_points(settings: Settings) -> str:
+    """M at the quarters of training."""
+    steps = settings.steps or 1000
+    points = [0, steps // 4, steps // 2, 3 * steps // 4, steps - 1]
+    value: Any = [
+        scheduled_mask(settings.schedule, settings.decay, settings.unit, step, steps, settings.epochs)
+        for step in points
+    ]
+    places = points if settings.steps else [f"{100 * point // steps} %" for point in points]
+    return f"{settings.schedule}, M at step " + ", ".join(f"{p}: {v:.3f}" for p, v in zip(places, value, strict=True))
+
+
+def folder_settings(folder: Path) -> Path:
+    """The settings file of an existing run; `ValueError` where the folder is none."""
+    path = folder / "settings.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it holds no settings.yaml.")
+    return path

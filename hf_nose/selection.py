@@ -1,0 +1,203 @@
+"""NOSE: search the combination of attention layers with the least transfer entropy to the output (Algorithm 1)."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from torch import nn
+
+from .files import read_json, write_json
+from .modeling_nose_vit import nose_vit
+from .processes import Batches
+from .scoring import Score, SetScorer, Target
+
+
+@dataclass
+class Selection:
+    """
+    The layers picked and how: `layers` in the order picked, and `trace`, one dict a round with the raw value of every
+    candidate (`{"picked": 3, "scores": {0: -58.4, ...}}`, the paper's Fig. 4). Rounds of a search over whole sets
+    hold `picked` as a list and sets as keys: `{"picked": [1, 3], "scores": {"1,3": 12.9, ...}}`.
+    """
+
+    layers: list[int]
+    criterion: str
+    search: str
+    mask: str
+    sign: str
+    target: str
+    trace: list[dict[str, Any]] = field(default_factory=list)
+    reference: dict[str, float | int | None] = field(default_factory=dict)
+    num_images: int = 0
+    num_processes: int = 1
+    block_forwards: int = 0
+    seconds: float = 0.0
+
+    def to_json(self, path: str | Path, **record: Any) -> None:
+        """Writes the selection, with further entries of `record` beside it."""
+        write_json(path, {**asdict(self), "num_layers": len(self.layers), **record})
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Selection":
+        """Reads what `to_json` wrote; layer indices come back as integers."""
+        record = read_json(path)
+        values = {name: record[name] for name in cls.__dataclass_fields__}
+        for step in values["trace"]:
+            if isinstance(step["picked"], int):
+                step["scores"] = {int(layer): value for layer, value in step["scores"].items()}
+        return cls(**values)
+
+
+def select_attention_layers(
+    model: nn.Module,
+    batches: Batches,
+    num_layers: int,
+    criterion: str = "transfer_entropy",
+    search: str = "greedy",
+    mask: str = "skip",
+    sign: str = "absolute",
+    target: Target = "logits",
+    beam_width: int = 3,
+    num_draws: int = 1,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Selection:
+    """
+    Picks the `num_layers` attention layers that the output misses least.
+
+    Args:
+        model, batches, criterion, mask, sign, target, rank, world_size: see [`SetScorer`].
+        num_layers (`int`): N, from 1 to one less than the attention layers there are.
+        search (`str`, *optional*, defaults to `"greedy"`):
+            `"greedy"` (Algorithm 1), `"beam"`, `"exhaustive"` (all sets), or the baselines `"first"` and `"random"`.
+        beam_width (`int`, *optional*, defaults to 3): sets kept a round by the beam search.
+        num_draws (`int`, *optional*, defaults to 1): random sets drawn and scored; `layers` is the first of them.
+        seed (`int`, *optional*, defaults to 0): of the random sets.
+
+    Returns:
+        [`Selection`], the same on every rank. Ties go to the lower index.
+
+    Raises:
+        `ValueError`: for an option out of range, see also [`SetScorer`].
+    """
+    kept = nose_vit(model).kept_attention_layers
+    if not 1 <= num_layers < len(kept):
+        raise ValueError(
+            f"num_layers must be in [1, {len(kept) - 1}], got {num_layers}: {len(kept)} layers have attention, and "
+            "without any the class token sees no patch."
+        )
+    if search not in SEARCHES:
+        raise ValueError(f"search must be one of {sorted(SEARCHES)}, got {search!r}.")
+    scorer = SetScorer(model, batches, criterion, mask, sign, target, rank, world_size)
+    options = {"beam_width": beam_width, "num_draws": num_draws, "seed": seed}
+    started = time.perf_counter()
+    layers, trace = SEARCHES[search](scorer, kept, num_layers, options)
+    dense = scorer.dense
+    assert dense is not None
+    has_moments = dense.moments.count > 0
+    return Selection(
+        layers=layers,
+        criterion=criterion,
+        search=search,
+        mask=mask,
+        sign=sign,
+        target=target if isinstance(target, str) else "custom",
+        trace=trace,
+        reference={
+            "entropy": dense.moments.entropy() if has_moments else None,
+            "constant_channels": dense.moments.constant_channels if has_moments else None,
+        },
+        num_images=scorer.num_images,
+        num_processes=world_size,
+        block_forwards=scorer.block_forwards,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def greedy(
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+) -> tuple[list[int], list[dict]]:
+    """Algorithm 1: from the empty set, N times, keep the layer with the least cost."""
+    picked: list[int] = []
+    trace = []
+    for _ in range(num_layers):
+        _, scores = scorer.expand(picked, [layer for layer in kept if layer not in picked])
+        best = min(scores, key=lambda layer: (scores[layer].cost, layer))
+        picked.append(best)
+        trace.append({"picked": best, "scores": {layer: score.value for layer, score in scores.items()}})
+    return picked, trace
+
+
+def beam(scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]) -> tuple[list[int], list[dict]]:
+    """Keeps the best `beam_width` sets of each size; width 1 is the greedy search."""
+    if options["beam_width"] < 1:
+        raise ValueError(f"beam_width must be at least 1, got {options['beam_width']}.")
+    sets: list[tuple[int, ...]] = [()]
+    trace = []
+    for _ in range(num_layers):
+        scores: dict[tuple[int, ...], Score] = {}
+        for base in sets:
+            fresh = [layer for layer in kept if layer not in base and tuple(sorted((*base, layer))) not in scores]
+            _, found = scorer.expand(base, fresh)
+            scores.update({tuple(sorted((*base, layer))): score for layer, score in found.items()})
+        sets = cheapest(scores)[: options["beam_width"]]
+        trace.append(round_of_sets(sets[0], scores))
+    return list(sets[0]), trace
+
+
+def exhaustive(
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+) -> tuple[list[int], list[dict]]:
+    """All C(l, N) sets; those that share all but their last layer share one pass."""
+    scores: dict[tuple[int, ...], Score] = {}
+    for base in combinations(kept, num_layers - 1):
+        last = [layer for layer in kept if not base or layer > base[-1]]
+        if last:
+            _, found = scorer.expand(base, last)
+            scores.update({(*base, layer): score for layer, score in found.items()})
+    best = cheapest(scores)[0]
+    return list(best), [round_of_sets(best, scores)]
+
+
+def first(
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+) -> tuple[list[int], list[dict]]:
+    """Baseline: the first N."""
+    layers = tuple(kept[:num_layers])
+    return list(layers), [round_of_sets(layers, {layers: scorer.score(layers)})]
+
+
+def random(
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+) -> tuple[list[int], list[dict]]:
+    """Baseline: `num_draws` random sets, all scored; the first is the selection."""
+    draws = random_sets(kept, num_layers, options["num_draws"], options["seed"])
+    return list(draws[0]), [round_of_sets(draws[0], {layers: scorer.score(layers) for layers in draws})]
+
+
+SEARCHES = {"greedy": greedy, "beam": beam, "exhaustive": exhaustive, "first": first, "random": random}
+
+
+def random_sets(kept: list[int], num_layers: int, num_draws: int, seed: int) -> list[tuple[int, ...]]:
+    """`num_draws` sorted sets of `num_layers` of the layers in `kept`, the same for the same seed."""
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    generator = Random(seed)
+    return [tuple(sorted(generator.sample(kept, num_layers))) for _ in range(num_draws)]
+
+
+def cheapest(scores: dict[tuple[int, ...], Score]) -> list[tuple[int, ...]]:
+    """Sets from the least cost on; ties by their indices."""
+    return sorted(scores, key=lambda layers: (scores[layers].cost, layers))
+
+
+def round_of_sets(picked: tuple[int, ...], scores: dict[tuple[int, ...], Score]) -> dict[str, Any]:
+    """One entry of a trace whose candidates are sets."""
+    return {
+        "picked": list(picked),
+        "scores": {",".join(map(str, layers)): score.value for layers, score in scores.items()},
+    }

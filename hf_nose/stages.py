@@ -1,0 +1,326 @@
+"""The stages of the main job, each a function from the run to the record it leaves."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import ViTConfig, set_seed
+
+from .configuration_nose_vit import NoseViTConfig
+from .context import Progress, RunContext, public_name
+from .dilution import DilutionCallback
+from .entropy import layer_profile
+from .figures import draw_figures
+from .images import ImageBatches, digits_processor, load_processor
+from .metrics import evaluate_model
+from .modeling_nose_vit import NoseViTForImageClassification
+from .profiling import compare_throughput, count_macs, count_parameters, hardware
+from .report import write_report
+from .selection import Selection, random_sets, select_attention_layers
+from .settings import Settings
+from .surgery import fold
+from .training import fit, training_arguments
+
+
+EMBEDDED_MODEL = "digits-vit"
+
+
+def prepare(run: RunContext) -> dict[str, Any]:
+    """The dense model as a NoseViT with nothing removed, trained first where the settings say so."""
+    settings = run.settings
+    class_names = run.data.class_names
+    set_seed(settings.seed)
+    model, processor = dense_model(settings, class_names)
+    evaluation = run.images("evaluation", model.num_labels, processor)
+    training = None
+    if settings.dense_steps:
+        run.say(f"Training the dense model for {settings.dense_steps} steps")
+        train = run.images("train", model.num_labels, processor)
+        args = training_arguments(
+            settings, run.folder / "training" / "dense", settings.dense_steps, None, run.device.type == "cpu"
+        )
+        training = fit(model, train, evaluation, args, run.augmentation(), resume=settings.resume)
+    run.save("dense", model, processor)
+    assert run.data.train is not None
+    return {
+        "model": {
+            "source": public_name(settings.model, settings.base_model_id) or "a local folder",
+            "base_model_id": None
+            if is_scratch(settings.model)
+            else public_name(settings.model, settings.base_model_id),
+            "num_hidden_layers": model.config.num_hidden_layers,
+            "hidden_size": model.config.hidden_size,
+            "num_labels": model.num_labels,
+            "parameters": count_parameters(model),
+            "macs": count_macs(model)["total"],
+        },
+        "data": {
+            "dataset": public_name(settings.dataset, settings.dataset_id) or "a local data set",
+            "dataset_id": public_name(settings.dataset, settings.dataset_id),
+            "num_train": len(run.data.train),
+            "num_eval": len(run.data.evaluation),
+            "notes": run.data.notes,
+        },
+        "dense_training": training,
+    }
+
+
+def profile(run: RunContext) -> dict[str, Any]:
+    """Entropy of every attention and MLP layer of the dense model (Fig. 1)."""
+    model = run.load("dense")
+    calibration = run.calibration(model.num_labels)
+    with Progress(calibration, "Layer entropies", disable=not run.is_main) as batches:
+        layers = layer_profile(model, batches, run.settings.tokens, run.state.process_index, run.state.num_processes)
+    return {
+        "num_images": calibration.num_images,
+        "sha256": calibration.sha256,
+        "tokens": run.settings.tokens,
+        "layers": layers,
+    }
+
+
+def select(run: RunContext) -> dict[str, Any]:
+    """The layers to remove: given, or found by the search."""
+    settings, model = run.settings, run.load("dense")
+    if settings.layers is not None:
+        layers = parse_layers(settings.layers)
+        check = NoseViTConfig.from_vit(model.config, diluted_attention_layers=layers)
+        run.say(f"Layers as given: {check.diluted_attention_layers}")
+        options = {name: getattr(settings, name) for name in ("criterion", "mask", "sign", "target")}
+        selection = Selection(layers=layers, search="given", **options)
+        return {**vars(selection), "num_layers": len(layers), "calibration": None}
+    count = num_layers(settings, model.config)
+    calibration = run.calibration(model.num_labels)
+    rounds = count if settings.search == "greedy" else 1
+    with Progress(calibration, f"Selecting {count} layers", rounds, disable=not run.is_main) as batches:
+        selection = select_attention_layers(
+            model,
+            batches,
+            count,
+            criterion=settings.criterion,
+            search=settings.search,
+            mask=settings.mask,
+            sign=settings.sign,
+            target=settings.target,
+            beam_width=settings.beam_width,
+            seed=settings.seed,
+            rank=run.state.process_index,
+            world_size=run.state.num_processes,
+        )
+    run.say(f"Picked, in this order: {selection.layers}")
+    return {
+        **vars(selection),
+        "num_layers": count,
+        "calibration": {
+            "num_images": calibration.num_images,
+            "sha256": calibration.sha256,
+            "notes": [*run.data.notes, *calibration.notes],
+        },
+    }
+
+
+def dilute(run: RunContext) -> dict[str, Any]:
+    """Trains while M falls to 0; beside it, where asked for, the dense model for the same steps."""
+    settings, layers = run.settings, run.read("select")["layers"]
+    model = run.load("dense")
+    model.dilute(layers, feature_compensation=settings.uses_compensation)
+    record: dict[str, Any] = {
+        "layers": layers,
+        "feature_compensation": settings.uses_compensation,
+        "schedule": settings.schedule if settings.is_trained else "none",
+        "decay": settings.decay,
+        "unit": settings.unit,
+        "steps": 0,
+        "seconds": 0.0,
+        "log": [],
+        "control": None,
+    }
+    if settings.is_trained:
+        train, evaluation = (run.images(split, model.num_labels) for split in ("train", "evaluation"))
+        callback = DilutionCallback(settings.schedule, settings.decay, settings.unit)
+        arms: list[tuple[str, NoseViTForImageClassification, list]] = [("dilution", model, [callback])]
+        if settings.control:
+            arms.append(("dense_control", run.load("dense"), []))
+        for name, arm, callbacks in arms:
+            run.say(f"Training: {name.replace('_', ' ')}")
+            set_seed(settings.seed)
+            args = training_arguments(
+                settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
+            )
+            training = fit(arm, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            if name == "dilution":
+                record.update(training)
+            else:
+                record["control"] = training
+                run.save(name, arm)
+    model.set_mask(0.0)
+    run.save("diluted", model)
+    return record
+
+
+def fold_stage(run: RunContext) -> dict[str, Any]:
+    """Removes the diluted attention and divides the doubling out, checked on evaluation images."""
+    model = run.load("diluted")
+    folded = fold(model)
+    images = run.images("evaluation", model.num_labels)
+    count = min(len(images), run.settings.eval_batch_size)
+    pixel_values = torch.stack([images[index]["pixel_values"] for index in range(count)]).to(run.device)
+    with torch.no_grad():
+        before, after = model(pixel_values).logits, folded(pixel_values).logits
+    run.save("model", folded)
+    return {
+        "removed_attention_layers": folded.config.removed_attention_layers,
+        "folded_attention_layers": folded.config.folded_attention_layers,
+        "max_abs_logit_difference": float((before - after).abs().max()),
+        "bitwise_equal": torch.equal(before, after),
+        "num_images": count,
+    }
+
+
+def evaluate(run: RunContext) -> dict[str, Any]:
+    """Accuracy, cost and speed of dense and compressed, on the same images, side by side in this process."""
+    settings = run.settings
+    names = {"dense": "dense", "dense_control": "dense_control", "compressed": "model"}
+    if run.read("dilute")["control"] is None:
+        del names["dense_control"]
+    models = {name: run.load(folder) for name, folder in names.items()}
+    images = run.images("evaluation", models["dense"].num_labels)
+
+    def measure(model: NoseViTForImageClassification, what: str) -> dict[str, Any]:
+        with Progress(ImageBatches(images, settings.eval_batch_size), what, disable=not run.is_main) as batches:
+            return evaluate_model(model, batches, run.device)
+
+    results = {name: measure(model, f"Evaluating {name.replace('_', ' ')}") for name, model in models.items()}
+    controls = []
+    for name, layers in control_sets(run, models["dense"].vit.kept_attention_layers):
+        with models["dense"].masked_attention(layers, settings.mask):
+            found = measure(models["dense"], name)
+        controls.append({"name": name, "layers": layers, **found})
+    if not run.is_main:
+        # One process measures speed, while the others wait.
+        return {}
+    run.say("Measuring speed, models in turn")
+    size = min(settings.throughput_batch_size, len(images))
+    batch = torch.stack([images[index]["pixel_values"] for index in range(size)]).to(run.device)
+    speeds = compare_throughput(models, batch, rounds=settings.throughput_rounds)
+    for name, model in models.items():
+        speed = speeds[name]
+        results[name] |= {
+            "parameters": count_parameters(model),
+            "macs": count_macs(model)["total"],
+            "images_per_s": speed["images_per_s"],
+            "images_per_s_quartiles": speed["quartiles"],
+            "ratio_to_dense": speed["ratio_to_first"],
+        }
+    return {
+        "models": results,
+        "controls": controls,
+        "hardware": hardware(run.device, models["dense"].dtype),
+        "throughput": {"batch_size": size, "rounds": settings.throughput_rounds},
+    }
+
+
+def report(run: RunContext) -> dict[str, Any]:
+    """Figures and report from the records alone."""
+    if not run.is_main:
+        return {}
+    figures = draw_figures(run.folder)
+    return {
+        "report": write_report(run.folder).relative_to(run.folder).as_posix(),
+        "figures": [path.relative_to(run.folder).as_posix() for path in figures],
+    }
+
+
+STAGE_FUNCTIONS = {
+    "prepare": prepare,
+    "profile": profile,
+    "select": select,
+    "dilute": dilute,
+    "fold": fold_stage,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[NoseViTForImageClassification, Any]:
+    """The model that selection starts from, with its image processor."""
+    count = None if class_names is None else len(class_names)
+    if is_scratch(settings.model):
+        is_embedded = settings.model == EMBEDDED_MODEL
+        path = resources.files("hf_nose") / "assets" / "digits-vit.json" if is_embedded else Path(settings.model)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if count is not None:
+            values["id2label"] = dict(enumerate(class_names or []))
+            values["label2id"] = {name: index for index, name in enumerate(class_names or [])}
+        config = NoseViTConfig.from_vit(ViTConfig(**values), drop_path_rate=settings.drop_path_rate)
+        processor = digits_processor() if is_embedded else load_processor(Path(settings.model).parent)
+        if not settings.dense_steps and not settings.dry_run:
+            raise ValueError("A model from a configuration has random weights: set dense_steps to train it first.")
+        return NoseViTForImageClassification(config), processor
+    try:
+        model = NoseViTForImageClassification.from_vit(settings.model, drop_path_rate=settings.drop_path_rate)
+        if count is not None and count != model.num_labels:
+            model = new_head(model, settings, class_names or [])
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {settings.model} are corrupt or truncated: {error}.") from error
+    return model, load_processor(settings.model)
+
+
+def is_scratch(model: str) -> bool:
+    """Whether the model is a configuration to be trained from random weights."""
+    return model == EMBEDDED_MODEL or model.endswith(".json")
+
+
+def new_head(
+    model: NoseViTForImageClassification, settings: Settings, class_names: list[str]
+) -> NoseViTForImageClassification:
+    """The model with a new head for the data set's classes, which has to be trained."""
+    if not settings.dense_steps and not settings.dry_run:
+        raise ValueError(
+            f"The model has {model.num_labels} classes, the data set {len(class_names)}: the new head has "
+            "random weights. Set dense_steps to train it first."
+        )
+    model = NoseViTForImageClassification.from_vit(
+        model, num_labels=len(class_names), drop_path_rate=settings.drop_path_rate
+    )
+    model.config.id2label = dict(enumerate(class_names))
+    model.config.label2id = {name: index for index, name in enumerate(class_names)}
+    return model
+
+
+def parse_layers(text: str) -> list[int]:
+    """`"0,1,3"` as a list; `ValueError` for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"layers must be indices such as 0,1,3,4,6, got {text!r}.") from error
+
+
+def num_layers(settings: Settings, config: NoseViTConfig) -> int:
+    """N: as given, or round(ratio x blocks)."""
+    if settings.ratio is not None:
+        count = round(settings.ratio * config.num_hidden_layers)
+        if count == 0:
+            raise ValueError(f"ratio {settings.ratio} of {config.num_hidden_layers} blocks rounds to no layer.")
+        return count
+    if settings.num_removed is None:
+        raise ValueError("Say how much to remove: num_removed, ratio or layers.")
+    return settings.num_removed
+
+
+def control_sets(run: RunContext, candidates: list[int]) -> list[tuple[str, list[int]]]:
+    """Sets to evaluate masked and untrained in the dense model: the chosen one, the first N, random ones."""
+    selection = run.read("select")
+    count = len(selection["layers"])
+    chosen = "NOSE" if selection["search"] == "greedy" else selection["search"].capitalize()
+    draws = random_sets(candidates, count, run.settings.random_controls, run.settings.seed)
+    return [
+        (f"{chosen}, masked, untrained", sorted(selection["layers"])),
+        (f"First-{count}, masked, untrained", candidates[:count]),
+        *(("random, masked, untrained", list(layers)) for layers in draws),
+    ]

@@ -1,0 +1,238 @@
+"""Training that can be trusted: whole checkpoints, draws that repeat after a resume, a stop at the first NaN."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from .augmentation import BatchAugmentation
+from .checkpoints import STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
+from .images import ImageDataset
+from .launch import check_launch
+from .metrics import TopKAccuracy, top5_ids
+from .modeling_nose_vit import nose_vit
+from .settings import Settings
+
+
+logger = logging.getLogger(__name__)
+
+
+class NoseTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] for NoseViT, dense or diluted.
+
+    - `augmentation`, called with (pixel_values, step, micro_step, rank), is applied inside the training step, where
+      its draws repeat after a resume.
+    - M stands in every log line and in `state.log_history`.
+    - A checkpoint appears whole or not at all, with the hashes of its files.
+    - A loss or weight that is not finite stops training; the last good checkpoint stays.
+    - Top-1 and top-5 are computed in evaluation from class ids.
+
+    Raises:
+        `ValueError`: for `load_best_model_at_end` with diluted layers: it would pick an early checkpoint with M > 0.
+        `LaunchError`: where fewer processes run than were asked for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: TrainingArguments,
+        augmentation: BatchAugmentation | None = None,
+        **kwargs: Any,
+    ):
+        check_launch(args.world_size)
+        diluted = nose_vit(model).config.diluted_attention_layers
+        if args.load_best_model_at_end and diluted:
+            raise ValueError(
+                f"load_best_model_at_end would pick a checkpoint in which layers {diluted} still have M > 0, which "
+                "cannot be folded. Switch it off; the last step has M = 0."
+            )
+        if args.ddp_find_unused_parameters is None and diluted:
+            # At M = 0 the diluted attention takes part in no step.
+            args.ddp_find_unused_parameters = True
+        # Not finite losses stop the run instead of being filtered from the log.
+        args.logging_nan_inf_filter = False
+        kwargs.setdefault("compute_metrics", accuracy)
+        kwargs.setdefault("preprocess_logits_for_metrics", top5_ids)
+        super().__init__(model=model, args=args, **kwargs)
+        self.augmentation = augmentation
+        self._staging: Path | None = None
+        self._micro_step = (-1, 0)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        step = self.state.global_step
+        self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
+        if self.augmentation is not None:
+            pixel_values = self.augmentation(
+                inputs["pixel_values"], step=step, micro_step=self._micro_step[1], rank=self.args.process_index
+            )
+            inputs = {**inputs, "pixel_values": pixel_values}
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {float(loss)} at step {step}. Training stops; the last checkpoint in "
+                f"{self.args.output_dir} is from before. Lower the learning rate or look at the data."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        vit = nose_vit(cast(nn.Module, self.model))
+        values = vit.mask_values()
+        if values:
+            # One number while the layers are diluted together, as by default.
+            logs["mask"] = math.fsum(values) / len(values)
+            if len(set(values)) > 1:
+                layers = vit.config.diluted_attention_layers
+                logs.update({f"mask_{layer}": value for layer, value in zip(layers, values, strict=True)})
+        super().log(logs, start_time)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without weight decay, besides biases and norms: class token and position embeddings, as in DeiT."""
+        exempt = ("cls_token", "position_embeddings")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
+        for name, tensor in cast(nn.Module, self.model).named_parameters():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"{name} is not finite at step {step}. The checkpoint before is kept.")
+        if self.args.should_save:
+            stage(folder)
+        self.accelerator.wait_for_everyone()
+        self._staging = folder / STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            final = publish(folder, step, threads=torch.get_num_threads(), world_size=self.args.world_size)
+            if self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(final)
+            rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and not isinstance(resume_from_checkpoint, bool):
+            record = checkpoint_record(Path(resume_from_checkpoint))
+            for name, now in (("threads", torch.get_num_threads()), ("world_size", self.args.world_size)):
+                if record[name] != now:
+                    logger.warning(
+                        f"Resuming with {name} = {now} what ran with {record[name]}: some bits of the result differ."
+                    )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+class BarCallback(ProgressCallback):
+    """One bar for a whole training, with the latest figures behind it, instead of a line for every log."""
+
+    figures: dict[str, float]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs is not None:
+            shown = {name: logs[name] for name in ("loss", "mask", "eval_top1") if name in logs}
+            self.figures = {**self.figures, **shown}
+            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self.figures.items()})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.figures = {}
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No bar of its own: evaluations within a training are short."""
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """`compute_metrics` of the Trainer: top-1 and top-5 as fractions, from ids of shape (images, 5)."""
+    metric = TopKAccuracy(keep_in_memory=True)
+    return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
+
+
+def training_arguments(
+    settings: Settings, folder: Path, steps: int, epochs: float | None, on_cpu: bool
+) -> TrainingArguments:
+    """The Trainer's arguments for `steps` steps (or `epochs` epochs) with checkpoints in `folder`."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps if epochs is None else -1,
+        num_train_epochs=epochs or 1.0,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.eval_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": settings.min_learning_rate},
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        label_smoothing_factor=settings.label_smoothing,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps,
+        logging_steps=settings.logging_steps,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        dataloader_num_workers=settings.num_workers,
+        remove_unused_columns=False,
+        average_tokens_across_devices=False,
+        use_cpu=on_cpu,
+        report_to="none",
+        disable_tqdm=False,
+    )
+
+
+def fit(
+    model: PreTrainedModel,
+    train: ImageDataset,
+    evaluation: ImageDataset,
+    args: TrainingArguments,
+    augmentation: BatchAugmentation | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """
+    Trains `model` in place, from the last whole checkpoint where `resume` finds one.
+
+    Returns:
+        `{"steps", "seconds", "resumed_from", "threads", "log"}`: `seconds` of this call alone, the log of all.
+
+    Raises:
+        `RuntimeError`: where training returned before its last step (on SIGTERM the Trainer may).
+    """
+    folder = Path(str(args.output_dir))
+    checkpoint = latest_whole_checkpoint(folder) if resume and folder.is_dir() else None
+    trainer = NoseTrainer(
+        model=model,
+        args=args,
+        augmentation=augmentation,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(BarCallback)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    state = trainer.state
+    if state.global_step != state.max_steps:
+        raise RuntimeError(f"Training ended at step {state.global_step} of {state.max_steps}. Continue with --resume.")
+    return {
+        "steps": state.global_step,
+        "seconds": time.perf_counter() - started,
+        "resumed_from": None if checkpoint is None else checkpoint.name,
+        "threads": torch.get_num_threads(),
+        "log": state.log_history,
+    }

@@ -1,0 +1,146 @@
+"""What the import statements say: dependencies point downwards only, and what travels to the Hub travels light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hf_nose"
+# From the ground up: a module may import those before it and no other. A new module gets its place here.
+LAYERS = [
+    "configuration_nose_vit",
+    "conversion_nose_vit",
+    "modeling_nose_vit",
+    "files",
+    "launch",
+    "schedules",
+    "entropy",
+    "criteria",
+    "scoring",
+    "selection",
+    "surgery",
+    "splits",
+    "images",
+    "data",
+    "augmentation",
+    "metrics",
+    "profiling",
+    "figures",
+    "report",
+    "settings",
+    "checkpoints",
+    "dilution",
+    "training",
+    "stages",
+    "run",
+    "cli",
+]
+TRAVELLING = ["configuration_nose_vit", "conversion_nose_vit", "modeling_nose_vit"]
+# modeling_nose_vit.py travels as one file and holds three classes and one mechanism: to be cut when it passes this.
+MAX_LINES = {"modeling_nose_vit": 420}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST) -> list[str]:
+    """Dotted names of everything imported below `node`, neighbours as `hf_nose.NAME`."""
+    found = []
+    for statement in ast.walk(node):
+        if isinstance(statement, ast.Import):
+            found += [alias.name for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom):
+            assert statement.level < 2, "there is nothing above the package"
+            base = ".".join(part for part in ("hf_nose" if statement.level else "", statement.module or "") if part)
+            # `from . import files` and `from hf_nose import files` name modules, too.
+            found += [f"{base}.{alias.name}" for alias in statement.names] if base == "hf_nose" else [base]
+    return found
+
+
+def neighbours(module: str) -> set[str]:
+    """The modules of the package that `module` imports; importing the package itself counts as `__init__`."""
+    found = set()
+    for name in imports(tree(module)):
+        parts = name.split(".")
+        if parts[0] == "hf_nose":
+            found.add(parts[1] if len(parts) > 1 and parts[1] in MODULES else "__init__")
+    return found
+
+
+def test_every_module_has_a_place():
+    assert set(MODULES) <= set(LAYERS), f"give {sorted(set(MODULES) - set(LAYERS))} a place in LAYERS"
+    assert len(set(LAYERS)) == len(LAYERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_dependencies_point_downwards_only(module):
+    below = set(LAYERS[: LAYERS.index(module)])
+    # The public names of __init__ come from the model files; what stands above them may use those names.
+    allowed = below | {"__init__"} if LAYERS.index(module) > LAYERS.index("modeling_nose_vit") else below
+    assert neighbours(module) <= allowed, f"{module} imports {sorted(neighbours(module) - allowed)} from above itself"
+
+
+def test_the_package_itself_imports_only_the_model():
+    """Whatever needs the Trainer, datasets or evaluate is imported late."""
+    top = [name for statement in tree("__init__").body for name in imports(statement) if not is_function(statement)]
+    own = {name.split(".")[1] for name in top if name.startswith("hf_nose.")}
+    assert own <= set(TRAVELLING)
+
+
+def is_function(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.FunctionDef)
+
+
+@pytest.mark.parametrize("module", TRAVELLING)
+def test_travelling_files_import_nothing_that_stays_at_home(module):
+    for name in imports(tree(module)):
+        top, *rest = name.split(".")
+        if top == "hf_nose":
+            assert rest[0] in TRAVELLING
+        else:
+            assert top in {"torch", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names), name
+
+
+@pytest.mark.parametrize("module", TRAVELLING)
+def test_travelling_files_can_be_copied_flat(module):
+    """Remote code follows single-dot imports only, and string annotations break `AutoModel.register`."""
+    for statement in ast.walk(tree(module)):
+        if isinstance(statement, ast.ImportFrom):
+            assert statement.module != "__future__"
+            if statement.level:
+                assert statement.level == 1 and statement.module and "." not in statement.module
+            else:
+                assert not statement.module.startswith("hf_nose")
+
+
+@pytest.mark.parametrize("path", sorted([*PACKAGE.rglob("*.py"), *ROOT.glob("scripts/**/*.py")]), ids=lambda p: p.stem)
+def test_torchvision_and_timm_are_never_imported(path):
+    names = imports(ast.parse(path.read_text(encoding="utf-8")))
+    assert not [name for name in names if name.split(".")[0] in ("torchvision", "timm")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_stay_short(module):
+    lines = len((PACKAGE / f"{module}.py").read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES.get(module, 330)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_has_a_missing_name(module):
+    assert module not in ("utils", "helpers", "common") and not module.endswith(("_v2", "_utils"))
+
+
+@pytest.mark.slow
+def test_importing_the_package_is_light():
+    code = "import sys, hf_nose; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["datasets", "evaluate", "matplotlib", "sklearn", "peft", "torchvision", "timm", "transformers.trainer"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
