@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test quality style clean
+.PHONY: help run test quality style results clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
@@ -27,6 +27,9 @@ quality: $(STAMP)  ## check style, format and types
 style: $(STAMP)  ## mend style and format
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
+
+results: $(STAMP)  ## write the generated parts of README.md from the committed JSON and the files
+	$(PYTHON) scripts/render_results.py
 
 clean:  ## remove caches and build leftovers; .venv and runs/ stay
 	rm -rf build dist hf_nose.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

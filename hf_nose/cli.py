@@ -60,6 +60,8 @@ def dispatch(verb: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog=f"hf-nose {verb}", add_help=False, allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="?")
     folder, flags = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(flags):
+        parse_settings(["--help"], prog=f"hf-nose {verb} DIR")
     if folder.folder is None:
         raise ValueError(f"Give the folder of a run: hf-nose {verb} DIR [settings].")
     from .run import folder_settings, rerun_stage
@@ -104,7 +106,7 @@ def guarded(verb: Callable[[], None]) -> int:
 
     # A full disk shows as OSError, SafetensorError or RuntimeError, by writer.
     expected = (ValueError, OSError, ArithmeticError, RuntimeError, StrictDataclassError, SafetensorError)
-    signal.signal(signal.SIGTERM, stop)
+    handler = signal.signal(signal.SIGTERM, stop)
     try:
         verb()
     except KeyboardInterrupt:
@@ -116,8 +118,11 @@ def guarded(verb: Callable[[], None]) -> int:
     except expected as error:
         if os.environ.get("HF_NOSE_TRACEBACK"):
             raise
-        sys.stderr.write(f"hf-nose: {error}\n(HF_NOSE_TRACEBACK=1 shows where.)\n")
+        # Some messages have several lines: those of the configuration, of YAML, of torch.
+        sys.stderr.write(f"hf-nose: {' '.join(str(error).split())}\n(HF_NOSE_TRACEBACK=1 shows where.)\n")
         return BAD_INPUT if isinstance(error, ValueError | StrictDataclassError) else FAILED
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     return OK
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.image_processing_backends import PilBackend
 
@@ -98,7 +99,10 @@ class RunContext:
         folder = self.folder / name
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no model: the stage that writes it has not been run.")
-        return NoseViTForImageClassification.from_pretrained(folder).eval().to(self.device)
+        try:
+            return NoseViTForImageClassification.from_pretrained(folder).eval().to(self.device)
+        except SafetensorError as error:
+            raise ValueError(f"The weights of {folder} are corrupt or truncated: {error}.") from error
 
     def save(self, name: str, model: NoseViTForImageClassification, processor: PilBackend | None = None) -> None:
         """Writes a model and its image processor into the run's folder, whole or not at all."""

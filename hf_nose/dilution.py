@@ -1,5 +1,6 @@
 """Dilution: train while the mask M falls from 1 to 0 and the attention of the selected layers fades out (Eq. 8, 9)."""
 
+import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,12 +33,22 @@ class DilutionCallback(TrainerCallback):
                 raise ValueError(f"{name} must be one of {known}, got {value!r}.")
         self.schedule, self.decay, self.unit = schedule, decay, unit
 
-    def mask_at(self, step: int, state: TrainerState) -> float:
+    def mask_at(self, step: int, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> float:
         """M at optimizer step `step`, from 0."""
-        return scheduled_mask(self.schedule, self.decay, self.unit, step, state.max_steps, state.num_train_epochs)
+        num_epochs = None
+        if self.unit == "epoch":
+            # `state.num_train_epochs` is rounded up, which would move the ends of epochs.
+            num_epochs = state.max_steps / math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        return scheduled_mask(self.schedule, self.decay, self.unit, step, state.max_steps, num_epochs)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
         config = nose_vit(model).config
         if not config.diluted_attention_layers:
@@ -48,9 +59,15 @@ class DilutionCallback(TrainerCallback):
                 f"schedule='one_shot' removes at once, as f = x, but layers {sorted(compensated)} use feature "
                 "compensation: dilute them with feature_compensation=False."
             )
-        self.mask_at(0, state)
+        self.mask_at(0, args, state, train_dataloader)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
     ) -> None:
-        nose_vit(model).set_mask(self.mask_at(state.global_step, state))
+        nose_vit(model).set_mask(self.mask_at(state.global_step, args, state, train_dataloader))

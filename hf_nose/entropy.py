@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .modeling_nose_vit import NoseViTModel, nose_vit
-from .processes import Batches, deal, merge_across_processes
+from .processes import Batches, deal, merge_across_processes, place
 
 
 class Moments:
@@ -91,8 +91,8 @@ def layer_profile(
     model: nn.Module,
     batches: Batches,
     tokens: str = "all",
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """
     Entropy of every attention and MLP layer (Fig. 1): of `f_attn = Attn(LN1(x)) + x` and `f_mlp = MLP(LN2(f)) + f`
@@ -102,7 +102,8 @@ def layer_profile(
         model: holds one [`NoseViTModel`]; it is run in evaluation mode and left in the mode it was in.
         batches: dicts with `pixel_values` (batch, channels, height, width).
         tokens (`str`, *optional*, defaults to `"all"`): deviations over all tokens, or over the `"class"` token only.
-        rank, world_size (`int`): which of several processes this is; whole batches are dealt, moments merged.
+        rank, world_size (`int`, *optional*): which of several processes this is, as accelerate says by default; whole
+            batches are dealt, moments merged.
 
     Returns:
         One dict a block, in nats: `{"layer", "attention": {...}, "mlp": {...}}`, each with `stream`, `branch`,
@@ -113,6 +114,7 @@ def layer_profile(
     if tokens not in ("all", "class"):
         raise ValueError(f"tokens must be 'all' or 'class', got {tokens!r}.")
     vit = nose_vit(model)
+    rank, world_size = place(rank, world_size)
     seen: dict[tuple[int, str, str], Moments] = {}
     for layer, block in enumerate(vit.blocks):
         for part in ("attention", "mlp"):
@@ -120,8 +122,11 @@ def layer_profile(
                 seen[layer, part, "branch"] = Moments()
             seen[layer, part, "stream"] = Moments()
     with evaluating(model), recording(vit, seen, tokens), torch.no_grad():
-        for _, batch in deal(batches, rank, world_size):
-            vit(batch["pixel_values"].to(vit.device))
+        for index, batch in deal(batches, rank, world_size):
+            try:
+                vit(batch["pixel_values"].to(vit.device))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"Calibration batch {index} of rank {rank}: {error}") from error
     merged = merge_across_processes(seen, Moments)
     if not next(iter(merged.values())).count:
         raise ValueError("batches is empty: give calibration images.")

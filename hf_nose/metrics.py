@@ -11,10 +11,9 @@ import evaluate
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from .processes import Batches, deal
+from .processes import Batches, deal, place
 
 
 TOP = 5
@@ -115,7 +114,6 @@ def evaluate_model(model: torch.nn.Module, batches: Batches, device: torch.devic
         `FloatingPointError`: on every rank, where logits are not finite.
         `ValueError`: where there are no images.
     """
-    state = PartialState()
     model.to(device)
     dtype = next(model.parameters()).dtype
     training = model.training
@@ -124,7 +122,7 @@ def evaluate_model(model: torch.nn.Module, batches: Batches, device: torch.devic
     broken: list[int] = []
     try:
         with torch.no_grad():
-            for number, batch in deal(batches, state.process_index, state.num_processes):
+            for number, batch in deal(batches, *place()):
                 logits = model(pixel_values=batch["pixel_values"].to(device, dtype)).logits.float()
                 labels = batch["labels"].to(device)
                 if not torch.isfinite(logits).all():

@@ -254,12 +254,12 @@ class NoseViTModel(NoseViTPreTrainedModel):
 
     dilution_mask: torch.Tensor | None
 
-    def __init__(self, config: NoseViTConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: NoseViTConfig):
         super().__init__(config)
         self.embeddings = ViTEmbeddings(config)
         self.layers = nn.ModuleList(NoseViTLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, config.num_hidden_layers - 1))
-        self.pooler = ViTPooler(config) if config.use_pooler and add_pooling_layer else None
+        self.pooler = ViTPooler(config) if config.use_pooler else None
         count = len(config.diluted_attention_layers)
         self.register_buffer("dilution_mask", torch.ones(count, dtype=torch.float32) if count else None)
         self.is_mask_zero = False
@@ -336,9 +336,10 @@ class NoseViTForImageClassification(NoseViTPreTrainedModel):
     """A linear head on the class token after the final norm."""
 
     def __init__(self, config: NoseViTConfig):
+        config.use_pooler = False
         super().__init__(config)
         self.num_labels: int = config.num_labels or 0
-        self.vit = NoseViTModel(config, add_pooling_layer=False)
+        self.vit = NoseViTModel(config)
         self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels else nn.Identity()
         self.post_init()
 
@@ -366,9 +367,10 @@ class NoseViTBackbone(BackboneMixin, NoseViTPreTrainedModel):
     """Feature maps of chosen stages. Its keys are those of the classifier, whose weights therefore load unmapped."""
 
     def __init__(self, config: NoseViTConfig):
+        config.use_pooler = False
         super().__init__(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-        self.vit = NoseViTModel(config, add_pooling_layer=False)
+        self.vit = NoseViTModel(config)
         self.post_init()
 
     @can_return_tuple

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 
 
@@ -22,6 +23,14 @@ class Mergeable(Protocol):
 
 
 Found = TypeVar("Found", bound=Mergeable)
+
+
+def place(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
+    """Which of how many processes this is: as given, otherwise as accelerate found it."""
+    if rank is None or world_size is None:
+        state = PartialState()
+        return state.process_index, state.num_processes
+    return rank, world_size
 
 
 def deal(batches: Batches, rank: int, world_size: int) -> Iterator[tuple[int, Batch]]:

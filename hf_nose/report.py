@@ -242,9 +242,11 @@ def _data(records: Records) -> list[str]:
         name = escape(public_name(data["dataset"], data["dataset_id"]))
         lines.append(f"- {name}: {data['num_train']} training images, {data['num_eval']} evaluation images.")
         lines += [f"- {escape(note)}" for note in data["notes"]]
-    if "selection" in records:
+    # Layers that were given needed no calibration images.
+    if "selection" in records and records["selection"]["calibration"] is not None:
         lines += [f"- {escape(note)}" for note in records["selection"]["calibration"]["notes"]]
-    return lines
+    # Selection repeats the notes on the data.
+    return list(dict.fromkeys(lines))
 
 
 def _missing(records: Records) -> list[str]:

@@ -12,17 +12,19 @@ import torch
 
 from .configuration_nose_vit import NoseViTConfig
 from .context import RECORDS, RunContext
-from .files import locked, write_text
+from .files import locked, read_json, write_json, write_text
 from .profiling import count_macs, count_parameters
 from .report import load_line, summary_table
 from .schedules import scheduled_mask
 from .settings import STAGES, Settings
-from .stages import STAGE_FUNCTIONS, dense_model, num_layers, parse_layers
+from .stages import STAGE_FUNCTIONS, dense_model, planned_layers
 
 
 # Everything a run may leave in its folder; nothing else is ever deleted.
 FILES = (*RECORDS.values(), "settings.yaml", "report.md")
 FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training")
+# The stages that train, with the folders of their checkpoints.
+TRAININGS = {"prepare": ("dense",), "dilute": ("dilution", "dense_control")}
 
 
 def run_job(settings: Settings) -> RunContext:
@@ -41,16 +43,20 @@ def run_job(settings: Settings) -> RunContext:
 
 def rerun_stage(settings: Settings, stage: str) -> RunContext:
     """Runs one stage of an existing folder again; what later stages made of its old result is dropped."""
+    asked = [name for name in ("dry_run", "resume", "overwrite") if getattr(settings, name)]
+    if asked:
+        raise ValueError(f"{' and '.join(asked)} belong to `hf-nose run`: `hf-nose {stage}` runs its stage anew.")
     run = RunContext(settings)
     with locked(run.folder) if run.is_main else nullcontext():
-        check_settings(run, [other for other in STAGES[: STAGES.index(stage)] if run.is_finished(other)])
-        for later in STAGES[STAGES.index(stage) :]:
-            run.forget(later)
-        drop_training(run, stage)
-        run.state.wait_for_everyone()
-        if run.is_main:
-            write_text(run.folder / "settings.yaml", settings.to_yaml())
-        run_stages(run, [stage])
+        check_settings(run, STAGES[: STAGES.index(stage)])
+        number = STAGES.index(stage)
+        if stage in TRAININGS:
+            # From here on its checkpoints are those of the new training, which may be resumed.
+            drop_results(run, STAGES[number:])
+        record = run_stage(run, stage, "[1/1]")
+        # A stage that does not train and fails has lost nothing.
+        drop_results(run, STAGES[number + 1 :])
+        run.write(stage, record)
     return run
 
 
@@ -60,8 +66,16 @@ def run_stages(run: RunContext, stages: Sequence[str]) -> None:
         if run.is_finished(stage) and stage != "report":
             run.say(f"[{number}/{len(stages)}] {stage}: finished before")
             continue
-        run.say(f"[{number}/{len(stages)}] {stage}")
-        run.write(stage, STAGE_FUNCTIONS[stage](run))
+        run.write(stage, run_stage(run, stage, f"[{number}/{len(stages)}]"))
+
+
+def run_stage(run: RunContext, stage: str, count: str) -> dict[str, Any]:
+    """Runs one stage, which has left no record yet or is to leave another; returns the record."""
+    run.say(f"{count} {stage}")
+    if run.is_main and stage in TRAININGS:
+        started_record(run, stage).parent.mkdir(exist_ok=True)
+        write_json(started_record(run, stage), {"settings": run.settings.of_stage(stage)})
+    return STAGE_FUNCTIONS[stage](run)
 
 
 def open_folder(run: RunContext) -> None:
@@ -76,7 +90,7 @@ def open_folder(run: RunContext) -> None:
             path = run.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     elif settings.resume:
-        check_settings(run, [stage for stage in STAGES if run.is_finished(stage)])
+        check_settings(run, STAGES)
     elif used or strangers:
         raise ValueError(
             f"output_dir {run.folder} is not empty ({', '.join(sorted(used or strangers)[:4])}): continue it with "
@@ -86,27 +100,45 @@ def open_folder(run: RunContext) -> None:
 
 
 def check_settings(run: RunContext, stages: Sequence[str]) -> None:
-    """Refuses, by key, settings that differ from those a finished stage was run with."""
+    """Refuses, by key, settings that differ from those a stage was finished with, or has started to train with."""
     changed = []
     for stage in stages:
-        before = run.read(stage)["settings"]
+        path = run.folder / RECORDS[stage] if run.is_finished(stage) else started_record(run, stage)
+        before = read_json(path)["settings"] if path.is_file() else {}
         for name, now in run.settings.of_stage(stage).items():
-            if before.get(name) != now:
-                changed.append(f"{name} (stage {stage}: {before.get(name)!r}, now {now!r})")
+            if name in before and before[name] != now:
+                changed.append(f"{name} (stage {stage}: {before[name]!r}, now {now!r})")
     if changed:
         raise ValueError(
-            f"Finished stages were run with other settings: {'; '.join(changed)}. Keep them, run the stage again by "
+            f"Stages were run with other settings: {'; '.join(changed)}. Keep them, run the stage again by "
             f"`hf-nose STAGE {run.folder} ...`, or start anew with --overwrite."
         )
 
 
+def drop_results(run: RunContext, stages: Sequence[str]) -> None:
+    """Drops the records and checkpoints of `stages`, and saves the settings under which they will be run again."""
+    for stage in stages:
+        run.forget(stage)
+        drop_training(run, stage)
+    if run.is_main:
+        write_text(run.folder / "settings.yaml", run.settings.to_yaml())
+    run.state.wait_for_everyone()
+
+
 def drop_training(run: RunContext, stage: str) -> None:
     """Checkpoints of a stage that is run anew would otherwise be resumed."""
-    arms = {"prepare": ("dense",), "dilute": ("dilution", "dense_control")}.get(stage, ())
-    for arm in arms if run.is_main else ():
+    if not run.is_main:
+        return
+    started_record(run, stage).unlink(missing_ok=True)
+    for arm in TRAININGS.get(stage, ()):
         folder = run.folder / "training" / arm
         if folder.exists():
             shutil.rmtree(folder)
+
+
+def started_record(run: RunContext, stage: str) -> Path:
+    """Where the settings stand that a stage started to train with: its checkpoints are of no use under others."""
+    return run.folder / "training" / f"{stage}.json"
 
 
 def finish(run: RunContext) -> None:
@@ -127,8 +159,7 @@ def dry_run(run: RunContext) -> None:
     run.say(settings.to_yaml())
     classes = run.data.class_names if settings.model.endswith(("digits-vit", ".json")) else None
     model, _ = dense_model(settings, classes)
-    layers = None if settings.layers is None else sorted(parse_layers(settings.layers))
-    count = num_layers(settings, model.config) if layers is None else len(layers)
+    layers, count = planned_layers(settings, model.config)
     candidates = model.vit.kept_attention_layers
     # Which layers go changes neither parameters nor MACs.
     gone = candidates[:count] if layers is None else layers

@@ -41,7 +41,7 @@ def scheduled_mask(
 ) -> float:
     """
     M at optimizer step `step` (from 0) of `max_steps`. With `unit="epoch"` it is constant within each of the
-    `num_epochs` epochs, as in the published runs.
+    `num_epochs` epochs, the last of which may be cut short, as in the published runs.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}.")
@@ -49,5 +49,6 @@ def scheduled_mask(
         return mask_value(schedule, step, decay_length(decay, max_steps))
     if not num_epochs:
         raise ValueError("unit='epoch' needs the number of epochs; count in steps where training is set in steps.")
-    epoch = int(step * num_epochs / max_steps)
+    # Where the last epoch is cut short, the quotient at the first step of an epoch may be a rounding below it.
+    epoch = int(step * num_epochs / max_steps + 1e-9)
     return mask_value(schedule, epoch, decay_length(decay, math.ceil(num_epochs)))

@@ -15,7 +15,7 @@ from torch import nn
 from .criteria import CRITERIA, SIGNS, Evidence
 from .entropy import evaluating
 from .modeling_nose_vit import MASK_GAINS, nose_vit
-from .processes import Batches, deal, merge_across_processes
+from .processes import Batches, deal, merge_across_processes, place
 
 
 Target = str | Callable[[Any], torch.Tensor]
@@ -43,7 +43,7 @@ class SetScorer:
         sign (`str`): `"absolute"` minimises |TE|, `"signed"` TE itself.
         target (`str` or callable): whose entropy counts: `"logits"`, `"features"` (the class token after the last
             norm), or a function from the model's outputs to (samples, channels).
-        rank, world_size (`int`): which of several processes this is.
+        rank, world_size (`int`, *optional*): which of several processes this is; as accelerate says by default.
 
     Raises:
         `ValueError`: for an unknown option, a criterion whose labels are absent, or an empty set of batches.
@@ -58,8 +58,8 @@ class SetScorer:
         mask: str = "skip",
         sign: str = "absolute",
         target: Target = "logits",
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ):
         for name, value, known in (
             ("criterion", criterion, CRITERIA),
@@ -72,7 +72,7 @@ class SetScorer:
             raise ValueError(f"target must be 'logits', 'features' or a callable, got {target!r}.")
         self.model, self.vit, self.batches = model, nose_vit(model), batches
         self.criterion, self.mask, self.sign, self.target = CRITERIA[criterion], mask, sign, target
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = place(rank, world_size)
         self.block_forwards = 0
         self.num_images = 0
         self.dense: Evidence | None = None

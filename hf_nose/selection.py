@@ -3,6 +3,7 @@
 import time
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
+from math import comb
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -63,8 +64,8 @@ def select_attention_layers(
     beam_width: int = 3,
     num_draws: int = 1,
     seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> Selection:
     """
     Picks the `num_layers` attention layers that the output misses least.
@@ -112,7 +113,7 @@ def select_attention_layers(
             "constant_channels": dense.moments.constant_channels if has_moments else None,
         },
         num_images=scorer.num_images,
-        num_processes=world_size,
+        num_processes=scorer.world_size,
         block_forwards=scorer.block_forwards,
         seconds=time.perf_counter() - started,
     )
@@ -183,11 +184,16 @@ SEARCHES = {"greedy": greedy, "beam": beam, "exhaustive": exhaustive, "first": f
 
 
 def random_sets(kept: list[int], num_layers: int, num_draws: int, seed: int) -> list[tuple[int, ...]]:
-    """`num_draws` sorted sets of `num_layers` of the layers in `kept`, the same for the same seed."""
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    """`num_draws` different sorted sets of `num_layers` of the layers in `kept`, the same for the same seed."""
+    if not 1 <= num_draws <= comb(len(kept), num_layers):
+        raise ValueError(f"num_draws must be in [1, {comb(len(kept), num_layers)}], got {num_draws}.")
     generator = Random(seed)
-    return [tuple(sorted(generator.sample(kept, num_layers))) for _ in range(num_draws)]
+    draws: list[tuple[int, ...]] = []
+    while len(draws) < num_draws:
+        draw = tuple(sorted(generator.sample(kept, num_layers)))
+        if draw not in draws:
+            draws.append(draw)
+    return draws
 
 
 def cheapest(scores: dict[tuple[int, ...], Score]) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
@@ -13,7 +14,7 @@ from transformers import HfArgumentParser
 
 from .criteria import CRITERIA, SIGNS
 from .modeling_nose_vit import MASK_GAINS
-from .schedules import SCHEDULES, UNITS
+from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
 
 
@@ -30,8 +31,10 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 class Settings:
     """Everything a run can be told. Learning rates and steps are those of the whole run, batch sizes per process."""
 
-    recipe: str = option(DEFAULT_RECIPE, "Recipe in the package, or a YAML file; flags win over it.")
-    output_dir: str | None = option(None, "Folder of the run; runs/<recipe> by default.")
+    recipe: str | None = option(
+        None, "Recipe in the package, or a YAML file; flags win over it. By default digits, or none beside a --model."
+    )
+    output_dir: str | None = option(None, "Folder of the run; runs/<recipe>, or runs/<model>, by default.")
     stages: str = option(",".join(STAGES), "Stages to run, comma-separated, in their order.")
     dry_run: bool = option(False, "Show settings, costs and schedule, run one forward, write nothing.")
     resume: bool = option(False, "Continue a run: after its last finished stage, inside training from a checkpoint.")
@@ -117,15 +120,22 @@ class Settings:
     def check_numbers(self) -> None:
         """Refuses, by name, numbers out of range."""
         for name in POSITIVE:
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.throughput_rounds < 2:
+            raise ValueError(f"throughput_rounds must be at least 2, for quartiles, got {self.throughput_rounds}.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be in (0, 1), got {self.ratio}.")
         if self.epochs is not None and (self.epochs <= 0 or self.steps):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
+        if self.unit == "epoch" and self.steps:
+            raise ValueError("unit=epoch needs the length of training in epochs: give epochs instead of steps.")
+        if self.steps or self.unit == "epoch" and self.epochs:
+            # Refused here, not after the dense training.
+            decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
 
     @property
     def stage_list(self) -> list[str]:
@@ -147,40 +157,41 @@ class Settings:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return Path(self.output_dir) if self.output_dir else Path("runs") / Path(self.recipe).stem
+        return run_folder(self.output_dir, self.recipe, self.model)
 
     def of_stage(self, stage: str) -> dict[str, Any]:
-        """The settings that the result of `stage` depends on."""
-        return {name: getattr(self, name) for name in DEPENDS.get(stage, "").split()}
+        """The settings that the result of `stage` depends on; those of training only where the stage trains."""
+        is_trained = {"prepare": self.dense_steps > 0, "dilute": self.is_trained}.get(stage, True)
+        names = [name for name in DEPENDS.get(stage, "").split() if is_trained or name not in OF_TRAINING.split()]
+        return {name: getattr(self, name) for name in names}
 
     def to_yaml(self) -> str:
         """All settings but those of one call, as a recipe that repeats the run."""
         return yaml.safe_dump({k: v for k, v in asdict(self).items() if k not in OF_ONE_CALL}, sort_keys=False)
 
 
+OF_TRAINING = (
+    "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
+    "shift flip bf16 gradient_checkpointing eval_steps"
+)
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
     "prepare": (
         "seed model base_model_id dataset dataset_id image_column label_column train_split eval_split "
-        "max_train_samples max_eval_samples dense_steps batch_size gradient_accumulation_steps "
-        "learning_rate min_learning_rate warmup weight_decay label_smoothing drop_path_rate shift flip "
-        "bf16 gradient_checkpointing eval_steps"
+        f"max_train_samples max_eval_samples dense_steps drop_path_rate {OF_TRAINING}"
     ),
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
         "beam_width mask sign target"
     ),
-    "dilute": (
-        "seed steps epochs schedule decay unit feature_compensation control batch_size "
-        "gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay "
-        "label_smoothing shift flip bf16 gradient_checkpointing eval_steps"
-    ),
+    "dilute": (f"seed steps epochs schedule decay unit feature_compensation control {OF_TRAINING}"),
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
 POSITIVE = (
+    *("num_removed", "max_train_samples", "max_eval_samples"),
     *("num_calibration", "calibration_batch_size", "beam_width", "batch_size", "gradient_accumulation_steps"),
-    *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size", "throughput_rounds"),
+    *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size"),
 )
 # A flag of a group takes the place of whatever the recipe says of the group.
 EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"))
@@ -214,6 +225,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
+def run_folder(output_dir: str | None, recipe: str | None, model: str) -> Path:
+    """Where a run works: as told, or `runs/` with the name of its recipe or, without one, of its model."""
+    return Path(output_dir or Path("runs") / (Path(recipe).stem if recipe else Path(model).resolve().name))
+
+
 def settings_parser(prog: str | None) -> HfArgumentParser:
     """One flag for every field of [`Settings`]."""
     return HfArgumentParser(cast(Any, Settings), prog=prog, allow_abbrev=False)
@@ -222,18 +238,26 @@ def settings_parser(prog: str | None) -> HfArgumentParser:
 def parse_settings(arguments: Sequence[str], prog: str | None = None, base: Path | None = None) -> Settings:
     """
     Settings from a command line. The recipe's values come first, as if they had been typed before the flags, so flags
-    win and both are checked alike. A settings.yaml takes the recipe's place: `base`, or that of the folder where
-    `--resume` is given without `--recipe`.
+    win and both are checked alike. Without `--recipe` it is the digits', or none where `--model` or `--dataset` names
+    something else: what suits the digits trains nothing else by accident. A settings.yaml takes the recipe's place:
+    `base`, or that of the folder where `--resume` is given without `--recipe`.
     """
     first = settings_parser(prog).parse_known_args(list(arguments))[0]
-    names = {argument.split("=")[0] for argument in arguments}
-    if base is None and first.resume and "--recipe" not in names:
-        folder = Path(first.output_dir) if first.output_dir else Path("runs") / DEFAULT_RECIPE
-        base = folder / "settings.yaml" if (folder / "settings.yaml").is_file() else None
-    recipe = read_recipe(recipe_path(first.recipe) if base is None else base)
+    # The parser takes --num-removed for --num_removed.
+    names = {"--" + argument.split("=")[0][2:].replace("-", "_") for argument in arguments if argument[:2] == "--"}
+    is_chosen = first.recipe is not None
+    if not is_chosen and (first.model, first.dataset) == (Settings.model, Settings.dataset):
+        first.recipe = DEFAULT_RECIPE
+    saved = run_folder(first.output_dir, first.recipe, first.model) / "settings.yaml"
+    if base is None and first.resume and not is_chosen and saved.is_file():
+        base = saved
+    if base is None and first.recipe is not None:
+        base = recipe_path(first.recipe)
+    recipe = {} if base is None else read_recipe(base)
     for group in EXCLUSIVE:
         if names & {f"--{key}" for key in group}:
             recipe = {key: value for key, value in recipe.items() if key not in group}
+    recipe["recipe"] = first.recipe
     typed = [text for key, value in recipe.items() if value is not None for text in (f"--{key}", str(value))]
     parser = settings_parser(prog)
     settings, unknown = parser.parse_args_into_dataclasses(args=[*typed, *arguments], return_remaining_strings=True)

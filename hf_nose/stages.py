@@ -36,6 +36,9 @@ def prepare(run: RunContext) -> dict[str, Any]:
     class_names = run.data.class_names
     set_seed(settings.seed)
     model, processor = dense_model(settings, class_names)
+    if "select" in settings.stage_list:
+        # Refused here, not after the dense training.
+        planned_layers(settings, model.config)
     evaluation = run.images("evaluation", model.num_labels, processor)
     training = None
     if settings.dense_steps:
@@ -75,7 +78,7 @@ def profile(run: RunContext) -> dict[str, Any]:
     model = run.load("dense")
     calibration = run.calibration(model.num_labels)
     with Progress(calibration, "Layer entropies", disable=not run.is_main) as batches:
-        layers = layer_profile(model, batches, run.settings.tokens, run.state.process_index, run.state.num_processes)
+        layers = layer_profile(model, batches, run.settings.tokens)
     return {
         "num_images": calibration.num_images,
         "sha256": calibration.sha256,
@@ -87,14 +90,12 @@ def profile(run: RunContext) -> dict[str, Any]:
 def select(run: RunContext) -> dict[str, Any]:
     """The layers to remove: given, or found by the search."""
     settings, model = run.settings, run.load("dense")
-    if settings.layers is not None:
-        layers = parse_layers(settings.layers)
-        check = NoseViTConfig.from_vit(model.config, diluted_attention_layers=layers)
-        run.say(f"Layers as given: {check.diluted_attention_layers}")
+    layers, count = planned_layers(settings, model.config)
+    if layers is not None:
+        run.say(f"Layers as given: {layers}")
         options = {name: getattr(settings, name) for name in ("criterion", "mask", "sign", "target")}
         selection = Selection(layers=layers, search="given", **options)
         return {**vars(selection), "num_layers": len(layers), "calibration": None}
-    count = num_layers(settings, model.config)
     calibration = run.calibration(model.num_labels)
     rounds = count if settings.search == "greedy" else 1
     with Progress(calibration, f"Selecting {count} layers", rounds, disable=not run.is_main) as batches:
@@ -109,8 +110,6 @@ def select(run: RunContext) -> dict[str, Any]:
             target=settings.target,
             beam_width=settings.beam_width,
             seed=settings.seed,
-            rank=run.state.process_index,
-            world_size=run.state.num_processes,
         )
     run.say(f"Picked, in this order: {selection.layers}")
     return {
@@ -253,7 +252,7 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
     if is_scratch(settings.model):
         is_embedded = settings.model == EMBEDDED_MODEL
         path = resources.files("hf_nose") / "assets" / "digits-vit.json" if is_embedded else Path(settings.model)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_model_config(path)
         if count is not None:
             values["id2label"] = dict(enumerate(class_names or []))
             values["label2id"] = {name: index for index, name in enumerate(class_names or [])}
@@ -269,6 +268,17 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
     except SafetensorError as error:
         raise ValueError(f"The weights of {settings.model} are corrupt or truncated: {error}.") from error
     return model, load_processor(settings.model)
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """The values of a ViT's config.json; `ValueError` naming the file where it holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(values, dict) or values.get("model_type") != "vit":
+        raise ValueError(f"{path} is not the configuration of a ViT: it must be a JSON object with model_type 'vit'.")
+    return values
 
 
 def is_scratch(model: str) -> bool:
@@ -301,6 +311,21 @@ def parse_layers(text: str) -> list[int]:
         raise ValueError(f"layers must be indices such as 0,1,3,4,6, got {text!r}.") from error
 
 
+def planned_layers(settings: Settings, config: NoseViTConfig) -> tuple[list[int] | None, int]:
+    """The layers to remove (`None` where they are to be searched) and how many; an error where they cannot go."""
+    if settings.layers is not None:
+        layers = sorted(parse_layers(settings.layers))
+        NoseViTConfig.from_vit(config, diluted_attention_layers=layers)
+        return layers, len(layers)
+    count, kept = num_layers(settings, config), config.num_hidden_layers - len(config.removed_attention_layers)
+    if count >= kept:
+        raise ValueError(
+            f"num_removed must be in [1, {kept - 1}], got {count}: {kept} layers have attention, and without any the "
+            "class token sees no patch."
+        )
+    return None, count
+
+
 def num_layers(settings: Settings, config: NoseViTConfig) -> int:
     """N: as given, or round(ratio x blocks)."""
     if settings.ratio is not None:
@@ -318,7 +343,8 @@ def control_sets(run: RunContext, candidates: list[int]) -> list[tuple[str, list
     selection = run.read("select")
     count = len(selection["layers"])
     chosen = "NOSE" if selection["search"] == "greedy" else selection["search"].capitalize()
-    draws = random_sets(candidates, count, run.settings.random_controls, run.settings.seed)
+    number = run.settings.random_controls
+    draws = random_sets(candidates, count, number, run.settings.seed) if number else []
     return [
         (f"{chosen}, masked, untrained", sorted(selection["layers"])),
         (f"First-{count}, masked, untrained", candidates[:count]),

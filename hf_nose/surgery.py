@@ -40,7 +40,7 @@ def fold(model: Model) -> Model:
             f"fold needs M = 0 in every diluted layer, got {values}. Finish the dilution or set_mask(0.0)."
         )
     config = folded_config(vit.config)
-    folded_vit: NoseViTModel = type(vit)(config, add_pooling_layer=vit.pooler is not None)
+    folded_vit: NoseViTModel = type(vit)(config)
     nn.Module.to(folded_vit, device=vit.device, dtype=vit.dtype)
     folded_vit.load_state_dict(folded_state(vit, config))
     folded_vit.train(vit.training)

@@ -10,11 +10,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from .augmentation import BatchAugmentation
-from .checkpoints import STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
+from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
+from .files import manifest_error
 from .images import ImageDataset
 from .launch import check_launch
 from .metrics import TopKAccuracy, top5_ids
@@ -117,14 +119,22 @@ class NoseTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            final = publish(folder, step, threads=torch.get_num_threads(), world_size=self.args.world_size)
             if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(final)
+                # The Trainer has noted the place in staging, where a resume would look in vain.
+                self.state.best_model_checkpoint = str(folder / f"{PREFIX}{step}")
+                self.state.save_to_json(str(folder / STAGING / f"{PREFIX}{step}" / TRAINER_STATE_NAME))
+            publish(folder, step, threads=torch.get_num_threads(), world_size=self.args.world_size)
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint and not isinstance(resume_from_checkpoint, bool):
+        """
+        As the Trainer's, but `resume_from_checkpoint=True` takes the last whole checkpoint, and one given by its path
+        has to be whole: `ValueError` otherwise.
+        """
+        self._micro_step = (-1, 0)
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(self._whole_checkpoint(resume_from_checkpoint))
             record = checkpoint_record(Path(resume_from_checkpoint))
             for name, now in (("threads", torch.get_num_threads()), ("world_size", self.args.world_size)):
                 if record[name] != now:
@@ -132,6 +142,22 @@ class NoseTrainer(Trainer):
                         f"Resuming with {name} = {now} what ran with {record[name]}: some bits of the result differ."
                     )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _whole_checkpoint(self, wanted: str | bool) -> Path:
+        if isinstance(wanted, bool):
+            checkpoint = latest_whole_checkpoint(Path(str(self.args.output_dir)))
+            if checkpoint is None:
+                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+            return checkpoint
+        error = manifest_error(wanted)
+        if error is not None:
+            raise ValueError(f"resume_from_checkpoint is damaged: {error} Resume from the one before.")
+        return Path(wanted)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed from its last step, inside an epoch, the Trainer would take one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
 
 class BarCallback(ProgressCallback):
@@ -170,8 +196,8 @@ def training_arguments(
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": settings.min_learning_rate},

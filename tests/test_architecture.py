@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import hf_nose
+
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_nose"
@@ -17,6 +19,7 @@ LAYERS = [
     "modeling_nose_vit",
     "files",
     "launch",
+    "processes",
     "schedules",
     "entropy",
     "criteria",
@@ -35,6 +38,8 @@ LAYERS = [
     "checkpoints",
     "dilution",
     "training",
+    "context",
+    "evaluation",
     "stages",
     "run",
     "cli",
@@ -87,14 +92,22 @@ def test_dependencies_point_downwards_only(module):
 
 
 def test_the_package_itself_imports_only_the_model():
-    """Whatever needs the Trainer, datasets or evaluate is imported late."""
-    top = [name for statement in tree("__init__").body for name in imports(statement) if not is_function(statement)]
-    own = {name.split(".")[1] for name in top if name.startswith("hf_nose.")}
+    """Whatever needs the Trainer, datasets or evaluate is imported when it is first asked for."""
+    body = tree("__init__").body
+    late = [statement for statement in body if isinstance(statement, ast.If | ast.FunctionDef)]
+    own = {name.split(".")[1] for part in body if part not in late for name in imports(part) if "hf_nose." in name}
     assert own <= set(TRAVELLING)
 
 
-def is_function(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.FunctionDef)
+def test_lazy_names_are_those_that_type_checkers_see():
+    (checked,) = [part for part in tree("__init__").body if isinstance(part, ast.If)]
+    assert ast.unparse(checked.test) == "TYPE_CHECKING"
+    seen = {alias.name: part.module for part in checked.body for alias in part.names}
+    assert seen == hf_nose.LAZY
+    assert sorted(hf_nose.__all__) == hf_nose.__all__ and set(hf_nose.LAZY) < set(hf_nose.__all__)
+    assert all(hasattr(hf_nose, name) for name in hf_nose.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        hf_nose.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("module", TRAVELLING)

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from process_pair import run_on_two
 from reference_vit import NUM_BLOCKS, batches, nose, reference, stock_vit
 
-from hf_nose.entropy import Moments, deal, evaluating, layer_profile, stream_growth
+from hf_nose.entropy import Moments, evaluating, layer_profile, stream_growth
 from hf_nose.modeling_nose_vit import NoseViTModel
 from hf_nose.surgery import fold
 
@@ -125,13 +125,6 @@ def test_merging_leaves_the_other_alone():
     before = right.mean.clone(), right.m2.clone(), right.count
     Moments().merge(right).merge(left)
     assert torch.equal(right.mean, before[0]) and torch.equal(right.m2, before[1]) and right.count == before[2]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_whole_batches_are_dealt_once_each(world_size):
-    every = [batch for rank in range(world_size) for batch in deal(range(4), rank, world_size)]
-    assert sorted(every) == [0, 1, 2, 3]
-    assert list(deal(range(4), 0, 2)) == [0, 2]
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -584,6 +584,7 @@ def test_hidden_states_of_a_folded_model_are_multiplied_back(return_dict):
         with torch.no_grad():
             expected = before(images(), output_hidden_states=True).hidden_states
             output = after(images(), output_hidden_states=True, return_dict=return_dict)
+        assert isinstance(output, dict if return_dict else tuple)
         states = output.hidden_states if return_dict else output[1]
         assert all(torch.equal(a, b) for a, b in zip(expected, states, strict=True))
 

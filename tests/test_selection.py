@@ -213,7 +213,7 @@ def test_number_of_layers_counts_only_those_kept():
     [
         ({"search": "genetic"}, "search must be one of .*got 'genetic'"),
         ({"search": "beam", "beam_width": 0}, "beam_width must be at least 1, got 0"),
-        ({"search": "random", "num_draws": 0}, "num_draws must be at least 1, got 0"),
+        ({"search": "random", "num_draws": 0}, r"num_draws must be in \[1, \d+\], got 0"),
         ({"criterion": "entropy"}, "criterion must be one of"),
     ],
 )
@@ -277,3 +277,9 @@ def test_a_rank_without_batches(tmp_path):
     alone = more_ranks_than_batches(0, 1)
     assert [each.layers for each in both] == [alone.layers] * 2
     assert both[0].trace == both[1].trace == alone.trace
+
+
+def test_random_draws_are_all_different_and_no_more_than_there_are():
+    assert sorted(random_sets([0, 1, 2], 2, 3, seed=5)) == [(0, 1), (0, 2), (1, 2)]
+    with pytest.raises(ValueError, match=r"num_draws must be in \[1, 3\], got 4"):
+        random_sets([0, 1, 2], 2, 4, seed=5)

@@ -1,0 +1,73 @@
+"""What each of two processes does: `torchrun ... two_processes.py FOLDER [--without_use_cpu]`."""
+
+import json
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from tiny_training import Images, arguments, model, weights  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from hf_nose.dilution import DilutionCallback  # noqa: E402
+from hf_nose.modeling_nose_vit import nose_vit  # noqa: E402
+from hf_nose.training import NoseTrainer  # noqa: E402
+
+
+STEPS = 12
+# 12 x 0.5: M is 0 from the sixth step on, so the last seven train without the diluted attention.
+DECAY = 0.5
+
+
+class Masks(TrainerCallback):
+    def __init__(self):
+        self.values = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.values.append(nose_vit(model).mask_values())
+
+
+def train(folder, found, dtype=torch.float32, **settings):
+    """Global batches of eight images, whatever the number of processes."""
+    masks = Masks()
+    trainer = NoseTrainer(
+        model=found,
+        args=arguments(folder, STEPS, save_steps=STEPS, eval_steps=STEPS, **settings),
+        train_dataset=Images(24, dtype),
+        eval_dataset=Images(6, dtype),
+        callbacks=[DilutionCallback("linear", DECAY), masks],
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "world_size": trainer.args.world_size,
+        "checkpointing": nose_vit(found).is_gradient_checkpointing,
+        "masks": masks.values,
+        "losses": losses,
+        "weights": weights(found),
+    }
+
+
+def train_all(folder, batch_size):
+    found = {}
+    for checkpointing in (False, True):
+        options = {"batch_size": batch_size, "gradient_checkpointing": checkpointing}
+        found[f"checkpointing {checkpointing}"] = train(folder / str(checkpointing), model([1, 2]), **options)
+    exact = {"batch_size": batch_size, "optim": "sgd", "learning_rate": 0.1}
+    found["float64"] = train(folder / "float64", model([1, 2]).double(), torch.float64, **exact)
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    if "--without_use_cpu" in sys.argv:
+        args = arguments(folder)
+        args = type(args)(**{**json.loads(args.to_json_string()), "use_cpu": False, "output_dir": str(folder)})
+        NoseTrainer(model=model([1]), args=args, train_dataset=Images())
+        sys.exit("two processes that never met would have been trained")
+    answer = train_all(folder, batch_size=4)
+    rank = torch.distributed.get_rank()
+    torch.save(answer, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
