@@ -16,8 +16,8 @@ help:  ## show this list
 run: $(STAMP)  ## compress the default model on handwritten digits, from dense to checkpoint (ARGS="..." for more)
 	$(PYTHON) scripts/run_nose.py $(ARGS)
 
-test: $(STAMP)  ## run the test suite (ARGS="..." goes to pytest)
-	$(PYTHON) -m pytest $(ARGS)
+test: $(STAMP)  ## run the test suite on two cores (ARGS="..." goes to pytest)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 quality: $(STAMP)  ## check style, format and types
 	$(PYTHON) -m ruff check .

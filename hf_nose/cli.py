@@ -87,7 +87,9 @@ def evaluate(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     from .evaluation import evaluate_checkpoint
 
-    sys.stdout.write(json.dumps(evaluate_checkpoint(**vars(options))) + "\n")
+    record = evaluate_checkpoint(**vars(options))
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(json.dumps(record) + "\n")
 
 
 def environment(arguments: list[str]) -> None:

@@ -201,6 +201,10 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
         """
         return math.ldexp(1.0, sum(index <= layer for index in self.folded_attention_layers))
 
+    def scaled_eps(self, layer: int) -> float:
+        """`eps / s^2`: for the LayerNorm of a stream divided by s at block `layer`; exact, s being a power of two."""
+        return self.layer_norm_eps / self.stream_scale(layer) ** 2
+
     def drop_path(self, layer: int) -> float:
         """Probability in [0, 1) that stochastic depth drops a branch of block `layer`."""
         if self.drop_path_schedule == "constant" or self.num_hidden_layers == 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from .entropy import Moments
+from .entropy import Moments, in_float64
 
 
 SIGNS = ("absolute", "signed")
@@ -38,11 +38,13 @@ class Evidence:
         Adds predictions of shape (images, classes): against `labels` (images,) the summed cross-entropy in nats and
         the hits, against `dense_logits` (images, classes) the summed KL(dense || masked) in nats.
         """
+        logits = in_float64(logits)
         if labels is not None:
-            self.loss += float(cross_entropy(logits.double(), labels, reduction="sum"))
+            labels = labels.to(logits.device)
+            self.loss += float(cross_entropy(logits, labels, reduction="sum"))
             self.correct += int((logits.argmax(-1) == labels).sum())
         if dense_logits is not None:
-            dense, masked = log_softmax(dense_logits.double(), -1), log_softmax(logits.double(), -1)
+            dense, masked = log_softmax(in_float64(dense_logits), -1), log_softmax(logits, -1)
             self.prediction_kl += float(kl_div(masked, dense, reduction="sum", log_target=True))
 
 

@@ -38,8 +38,7 @@ class Moments:
             return self
         batch = Moments()
         batch.dtype = samples.dtype
-        samples = samples.cpu() if samples.device.type == "mps" else samples
-        samples = samples.to(torch.float64)
+        samples = in_float64(samples)
         batch.count = samples.shape[0]
         # Taken about the first sample, a constant channel has deviations of exactly zero.
         shifted = samples - samples[0]
@@ -85,6 +84,11 @@ class Moments:
     def entropy(self) -> float:
         """`H(F) = sum_j log std_j(F)` in nats, up to the constants of a Gaussian (Eq. 6)."""
         return float(self.std().log().sum())
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in float64, on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
 
 
 def layer_profile(

@@ -15,82 +15,18 @@ from torch.nn.functional import layer_norm
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.dinov2.modeling_dinov2 import Dinov2DropPath
-from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTMLP, ViTPooler, ViTPreTrainedModel
+from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTPooler, ViTPreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .block_nose_vit import NoseViTLayer
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import convert_vit
 
 
 MASK_GAINS = {"skip": 1, "double": 2}
-
-
-class NoseViTLayer(GradientCheckpointingLayer):
-    """
-    One pre-norm block, `f = Attn(LN1(x)) + x`, `out = MLP(LN2(f)) + f`, with its attention kept, diluted (Eq. 8, 9)
-    or removed. `gain` is what is left of the first line where attention is not computed: `f = gain * x`; it is `None`
-    where attention is computed.
-    """
-
-    def __init__(self, config: NoseViTConfig, layer: int):
-        super().__init__()
-        self.config = config
-        self.layer = layer
-        self.is_compensated = layer in config.compensated_attention_layers
-        self.gain: int | None = None
-        if layer in config.removed_attention_layers:
-            self.gain = 2 if self.is_compensated else 1
-        else:
-            self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, layer - 1))
-            self.attention = ViTAttention(config)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, layer))
-        self.mlp = ViTMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path = Dinov2DropPath(config.drop_path(layer))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        if self.gain is None:
-            update = self.attend(self.layernorm_before(hidden_states), attention_mask, **kwargs)
-            update = self.drop_path(self.dropout(update))
-            if mask is not None:
-                update = mask * update
-                if self.is_compensated:
-                    hidden_states = (2 - mask) * hidden_states
-            hidden_states = update + hidden_states
-        elif self.gain != 1:
-            hidden_states = self.gain * hidden_states
-        update = self.feed_forward(self.layernorm_after(hidden_states))
-        return self.drop_path(self.dropout(update)) + hidden_states
-
-    def attend(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        """Attention over (batch, tokens, hidden); outside training by `config.chunk_size_attention` images."""
-        size = self.config.chunk_size_attention
-        # Recorded attentions are one tensor a layer, so there are no slices where they are asked for.
-        wants_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        if self.training or wants_attentions or not 0 < size < hidden_states.shape[0]:
-            return self.attention(hidden_states, attention_mask, **kwargs)[0]
-        masks = (None,) * -(-hidden_states.shape[0] // size) if attention_mask is None else attention_mask.split(size)
-        slices = zip(hidden_states.split(size), masks, strict=True)
-        return torch.cat([self.attention(images, mask, **kwargs)[0] for images, mask in slices])
-
-    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The MLP over (batch, tokens, hidden), in slices of `config.chunk_size_feed_forward` tokens."""
-        size = self.config.chunk_size_feed_forward
-        if size <= 0:
-            return self.mlp(hidden_states)
-        tokens = hidden_states.flatten(0, -2)
-        return torch.cat([self.mlp(part) for part in tokens.split(size)]).view_as(hidden_states)
 
 
 class NoseViTPreTrainedModel(ViTPreTrainedModel):
@@ -258,7 +194,7 @@ class NoseViTModel(NoseViTPreTrainedModel):
         super().__init__(config)
         self.embeddings = ViTEmbeddings(config)
         self.layers = nn.ModuleList(NoseViTLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=scaled_eps(config, config.num_hidden_layers - 1))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.scaled_eps(config.num_hidden_layers - 1))
         self.pooler = ViTPooler(config) if config.use_pooler else None
         count = len(config.diluted_attention_layers)
         self.register_buffer("dilution_mask", torch.ones(count, dtype=torch.float32) if count else None)
@@ -394,11 +330,6 @@ class NoseViTBackbone(BackboneMixin, NoseViTPreTrainedModel):
         return BackboneOutput(
             feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def scaled_eps(config: NoseViTConfig, layer: int) -> float:
-    """`eps / s^2`: the LayerNorm of a stream divided by s, exact because s is a power of two."""
-    return config.layer_norm_eps / config.stream_scale(layer) ** 2
 
 
 def sync_gains_after_loading(module: NoseViTModel, _incompatible_keys) -> None:

@@ -13,11 +13,12 @@ import torch
 from .configuration_nose_vit import NoseViTConfig
 from .context import RECORDS, RunContext
 from .files import locked, read_json, write_json, write_text
+from .plan import dense_model, planned_layers
 from .profiling import count_macs, count_parameters
 from .report import load_line, summary_table
 from .schedules import scheduled_mask
 from .settings import STAGES, Settings
-from .stages import STAGE_FUNCTIONS, dense_model, planned_layers
+from .stages import STAGE_FUNCTIONS
 
 
 # Everything a run may leave in its folder; nothing else is ever deleted.
@@ -82,9 +83,11 @@ def open_folder(run: RunContext) -> None:
     """Makes the run's folder ready: empty, continued or overwritten; refuses anything else."""
     if not run.is_main:
         return
-    settings, used = run.settings, [name for name in (*FILES, *FOLDERS) if (run.folder / name).exists()]
-    strangers = [path.name for path in run.folder.iterdir() if path.name not in (*FILES, *FOLDERS, ".lock")]
-    strangers = [name for name in strangers if not name.endswith((".partial", ".old"))]
+    settings = run.settings
+    # Beside a run's own files, what a killed write left of them: .NAME.partial and .NAME.old.
+    own = {form.format(name) for name in (*FILES, *FOLDERS) for form in ("{}", ".{}.partial", ".{}.old")}
+    found = {path.name for path in run.folder.iterdir()} - {".lock"}
+    used, strangers = sorted(found & own), sorted(found - own)
     if settings.overwrite:
         for name in used:
             path = run.folder / name
@@ -93,7 +96,7 @@ def open_folder(run: RunContext) -> None:
         check_settings(run, STAGES)
     elif used or strangers:
         raise ValueError(
-            f"output_dir {run.folder} is not empty ({', '.join(sorted(used or strangers)[:4])}): continue it with "
+            f"output_dir {run.folder} is not empty ({', '.join((used or strangers)[:4])}): continue it with "
             "--resume, delete what is in it with --overwrite, or name another folder."
         )
     write_text(run.folder / "settings.yaml", settings.to_yaml())

@@ -29,7 +29,7 @@ def decay_length(decay: float, total: int) -> int:
     Steps or epochs that the decay takes out of `total`: a fraction of them where `decay` is at most 1, their number
     where it is above. Raises `ValueError` where M would not reach 0 within training.
     """
-    if decay <= 0 or (decay > 1 and (decay != int(decay) or decay > total)):
+    if not 0 < decay <= max(1, total) or (decay > 1 and decay != int(decay)):
         raise ValueError(
             f"decay must be a fraction in (0, 1] or a whole number up to the length of training, {total}; got {decay}."
         )

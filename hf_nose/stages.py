@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import ViTConfig, set_seed
+from transformers import set_seed
 
-from .configuration_nose_vit import NoseViTConfig
 from .context import Progress, RunContext, public_name
 from .dilution import DilutionCallback
 from .entropy import layer_profile
 from .figures import draw_figures
-from .images import ImageBatches, digits_processor, load_processor
+from .images import ImageBatches
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
+from .plan import dense_model, is_scratch, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware
 from .report import write_report
 from .selection import Selection, random_sets, select_attention_layers
-from .settings import Settings
 from .surgery import fold
 from .training import fit, training_arguments
-
-
-EMBEDDED_MODEL = "digits-vit"
 
 
 def prepare(run: RunContext) -> dict[str, Any]:
@@ -246,103 +238,13 @@ STAGE_FUNCTIONS = {
 }
 
 
-def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[NoseViTForImageClassification, Any]:
-    """The model that selection starts from, with its image processor."""
-    count = None if class_names is None else len(class_names)
-    if is_scratch(settings.model):
-        is_embedded = settings.model == EMBEDDED_MODEL
-        path = resources.files("hf_nose") / "assets" / "digits-vit.json" if is_embedded else Path(settings.model)
-        values = read_model_config(path)
-        if count is not None:
-            values["id2label"] = dict(enumerate(class_names or []))
-            values["label2id"] = {name: index for index, name in enumerate(class_names or [])}
-        config = NoseViTConfig.from_vit(ViTConfig(**values), drop_path_rate=settings.drop_path_rate)
-        processor = digits_processor() if is_embedded else load_processor(Path(settings.model).parent)
-        if not settings.dense_steps and not settings.dry_run:
-            raise ValueError("A model from a configuration has random weights: set dense_steps to train it first.")
-        return NoseViTForImageClassification(config), processor
-    try:
-        model = NoseViTForImageClassification.from_vit(settings.model, drop_path_rate=settings.drop_path_rate)
-        if count is not None and count != model.num_labels:
-            model = new_head(model, settings, class_names or [])
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {settings.model} are corrupt or truncated: {error}.") from error
-    return model, load_processor(settings.model)
-
-
-def read_model_config(path: Path) -> dict[str, Any]:
-    """The values of a ViT's config.json; `ValueError` naming the file where it holds something else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(values, dict) or values.get("model_type") != "vit":
-        raise ValueError(f"{path} is not the configuration of a ViT: it must be a JSON object with model_type 'vit'.")
-    return values
-
-
-def is_scratch(model: str) -> bool:
-    """Whether the model is a configuration to be trained from random weights."""
-    return model == EMBEDDED_MODEL or model.endswith(".json")
-
-
-def new_head(
-    model: NoseViTForImageClassification, settings: Settings, class_names: list[str]
-) -> NoseViTForImageClassification:
-    """The model with a new head for the data set's classes, which has to be trained."""
-    if not settings.dense_steps and not settings.dry_run:
-        raise ValueError(
-            f"The model has {model.num_labels} classes, the data set {len(class_names)}: the new head has "
-            "random weights. Set dense_steps to train it first."
-        )
-    model = NoseViTForImageClassification.from_vit(
-        model, num_labels=len(class_names), drop_path_rate=settings.drop_path_rate
-    )
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {name: index for index, name in enumerate(class_names)}
-    return model
-
-
-def parse_layers(text: str) -> list[int]:
-    """`"0,1,3"` as a list; `ValueError` for anything else."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"layers must be indices such as 0,1,3,4,6, got {text!r}.") from error
-
-
-def planned_layers(settings: Settings, config: NoseViTConfig) -> tuple[list[int] | None, int]:
-    """The layers to remove (`None` where they are to be searched) and how many; an error where they cannot go."""
-    if settings.layers is not None:
-        layers = sorted(parse_layers(settings.layers))
-        NoseViTConfig.from_vit(config, diluted_attention_layers=layers)
-        return layers, len(layers)
-    count, kept = num_layers(settings, config), config.num_hidden_layers - len(config.removed_attention_layers)
-    if count >= kept:
-        raise ValueError(
-            f"num_removed must be in [1, {kept - 1}], got {count}: {kept} layers have attention, and without any the "
-            "class token sees no patch."
-        )
-    return None, count
-
-
-def num_layers(settings: Settings, config: NoseViTConfig) -> int:
-    """N: as given, or round(ratio x blocks)."""
-    if settings.ratio is not None:
-        count = round(settings.ratio * config.num_hidden_layers)
-        if count == 0:
-            raise ValueError(f"ratio {settings.ratio} of {config.num_hidden_layers} blocks rounds to no layer.")
-        return count
-    if settings.num_removed is None:
-        raise ValueError("Say how much to remove: num_removed, ratio or layers.")
-    return settings.num_removed
-
-
 def control_sets(run: RunContext, candidates: list[int]) -> list[tuple[str, list[int]]]:
     """Sets to evaluate masked and untrained in the dense model: the chosen one, the first N, random ones."""
     selection = run.read("select")
     count = len(selection["layers"])
-    chosen = "NOSE" if selection["search"] == "greedy" else selection["search"].capitalize()
+    is_nose = (selection["search"], selection["criterion"]) == ("greedy", "transfer_entropy")
+    chosen = "NOSE" if is_nose else f"{selection['search']} by {selection['criterion']}".replace("_", " ")
+    chosen = "as given" if selection["search"] == "given" else chosen
     number = run.settings.random_controls
     draws = random_sets(candidates, count, number, run.settings.seed) if number else []
     return [

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hf_nose"
 # From the ground up: a module may import those before it and no other. A new module gets its place here.
 LAYERS = [
     "configuration_nose_vit",
+    "block_nose_vit",
     "conversion_nose_vit",
     "modeling_nose_vit",
     "files",
@@ -40,13 +41,13 @@ LAYERS = [
     "training",
     "context",
     "evaluation",
+    "plan",
     "stages",
     "run",
     "cli",
 ]
-TRAVELLING = ["configuration_nose_vit", "conversion_nose_vit", "modeling_nose_vit"]
-# modeling_nose_vit.py travels as one file and holds three classes and one mechanism: to be cut when it passes this.
-MAX_LINES = {"modeling_nose_vit": 420}
+TRAVELLING = ["configuration_nose_vit", "block_nose_vit", "conversion_nose_vit", "modeling_nose_vit"]
+MAX_LINES = {"modeling_nose_vit": 345}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

@@ -109,7 +109,9 @@ def test_weights_of_attention_stay_where_they_were_when_the_mask_reached_zero(tm
     keep, found = Keep(), model(DILUTED)
     train(tmp_path, found, DilutionCallback("linear", 0.5), callbacks=[keep])
     for name, tensor in weights(found).items():
-        still = any(f"layers.{layer}.{part}" in name for layer in DILUTED for part in ("attention", "layernorm_before"))
+        still = any(
+            f"layers.{layer}.{part}" in name for layer in DILUTED for part in ("attention", "layernorm_before")
+        )
         assert torch.equal(tensor, keep.before[name]) == still, name
 
 

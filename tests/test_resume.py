@@ -57,7 +57,13 @@ def driver(tmp_path_factory):
 def recipe(tmp_path_factory):
     """A small run on the real digits, with everything in it that draws."""
     folder = tmp_path_factory.mktemp("recipe")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 6, "num_attention_heads": 3, "intermediate_size": 48}
+    sizes = {
+        "model_type": "vit",
+        "hidden_size": 24,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 3,
+        "intermediate_size": 48,
+    }
     sizes |= {"image_size": 8, "patch_size": 2, "num_channels": 3, "initializer_range": 0.1}
     (folder / "config.json").write_text(json.dumps(sizes))
     digits_processor().save_pretrained(folder)

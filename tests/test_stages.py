@@ -11,8 +11,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_nose import NoseViTForImageClassification
 from hf_nose.context import RECORDS, RunContext
 from hf_nose.files import SCHEMA
+from hf_nose.plan import dense_model, num_layers, parse_layers, planned_layers
 from hf_nose.settings import STAGES, Settings, parse_settings
-from hf_nose.stages import STAGE_FUNCTIONS, dense_model, num_layers, parse_layers, planned_layers
+from hf_nose.stages import STAGE_FUNCTIONS
 
 
 pytestmark = pytest.mark.slow
@@ -204,7 +205,7 @@ def test_layers_as_given_skip_the_search(copy):
     assert content["trace"] == [] and content["calibration"] is None and content["block_forwards"] == 0
     resume(copy, "--steps=2", "--decay=1", "--control=false")
     assert record(copy, "fold")["removed_attention_layers"] == [0, 3]
-    assert record(copy, "metrics")["controls"][0]["name"] == "Given, masked, untrained"
+    assert record(copy, "metrics")["controls"][0]["name"] == "as given, masked, untrained"
     assert "dense_control" not in record(copy, "metrics")["models"]
     assert (copy / "report.md").stat().st_mtime > (copy / "metrics.json").stat().st_mtime
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference_vit import NUM_BLOCKS, images, logits, nose, reference, stock_vit
 from torch import nn
 
-from hf_nose import NoseViTBackbone, NoseViTForImageClassification, NoseViTModel, modeling_nose_vit, surgery
+from hf_nose import NoseViTBackbone, NoseViTConfig, NoseViTForImageClassification, NoseViTModel, surgery
 from hf_nose.surgery import fold
 
 
@@ -192,7 +192,7 @@ def test_a_folded_model_trains_on():
 def test_mutation_eps_left_alone_is_caught(monkeypatch):
     """`eps / s^2` dropped."""
     model = at_zero([0, 1, 3])
-    monkeypatch.setattr(modeling_nose_vit, "scaled_eps", lambda config, layer: config.layer_norm_eps)
+    monkeypatch.setattr(NoseViTConfig, "scaled_eps", lambda config, layer: config.layer_norm_eps)
     with pytest.raises(ArithmeticError, match="Folding changed the outputs by up to .* in torch.float32"):
         fold(model)
 

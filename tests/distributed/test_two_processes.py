@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from two_processes import STEPS, train_all
 from transformers import ViTConfig, ViTForImageClassification
+from two_processes import STEPS, train_all
 
 from hf_nose.images import digits_processor
 

@@ -43,7 +43,7 @@ def train(folder, found, dtype=torch.float32, **settings):
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "world_size": trainer.args.world_size,
-        "checkpointing": nose_vit(found).is_gradient_checkpointing,
+        "checkpointing": nose_vit(found).is_activation_checkpointing,
         "masks": masks.values,
         "losses": losses,
         "weights": weights(found),
