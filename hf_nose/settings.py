@@ -65,6 +65,7 @@ class Settings:
     criterion: str = option("transfer_entropy", "What a set of layers is scored by.", choices=tuple(CRITERIA))
     search: str = option("greedy", "How sets are searched.", choices=tuple(SEARCHES))
     beam_width: int = option(3, "Sets the beam search keeps.")
+    num_draws: int = option(1, "Sets the random search draws and scores; the first is taken.")
     mask: str = option("skip", "Masked attention leaves x ('skip') or 2x ('double').", choices=tuple(MASK_GAINS))
     sign: str = option("absolute", "Minimise |TE| or the signed TE.", choices=SIGNS)
     target: str = option("logits", "Whose entropy counts.", choices=("logits", "features"))
@@ -183,14 +184,21 @@ DEPENDS = {
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
-        "beam_width mask sign target"
+        "beam_width num_draws mask sign target"
     ),
     "dilute": (f"seed steps epochs schedule decay unit feature_compensation control {OF_TRAINING}"),
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
 POSITIVE = (
     *("num_removed", "max_train_samples", "max_eval_samples"),
-    *("num_calibration", "calibration_batch_size", "beam_width", "batch_size", "gradient_accumulation_steps"),
+    *(
+        "num_calibration",
+        "calibration_batch_size",
+        "beam_width",
+        "num_draws",
+        "batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size"),
 )
 # A flag of a group takes the place of whatever the recipe says of the group.

@@ -41,13 +41,13 @@ def test_without_arguments_it_is_the_digits_recipe():
 
 
 def test_the_digits_recipe_trains_no_other_model_or_data():
-    """Its 1,000 dense steps would spoil a pretrained model that is only to be searched."""
+    """Its dense steps would spoil a pretrained model that is only to be searched."""
     for flags in (["--model", "someone/vit-tiny"], ["--dataset=someone/photos"]):
         settings = parse_settings([*flags, "--num_removed", "2"])
         assert settings.recipe is None
         assert (settings.dense_steps, settings.steps, settings.control) == (0, 0, False)
     assert parse_settings(["--model", "someone/vit-tiny"]).folder.as_posix() == "runs/vit-tiny"
-    assert parse_settings(["--model", "someone/vit-tiny", "--recipe", "digits"]).dense_steps == 1000
+    assert parse_settings(["--model", "someone/vit-tiny", "--recipe", "digits"]).dense_steps > 0
     assert parse_settings(["--model", Settings.model, "--dataset", "digits"]) == parse_settings([])
 
 
