@@ -233,6 +233,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
+def as_typed(value: Any) -> str:
+    """A recipe's value as on the command line; a YAML list as its items with commas."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def run_folder(output_dir: str | None, recipe: str | None, model: str) -> Path:
     """Where a run works: as told, or `runs/` with the name of its recipe or, without one, of its model."""
     return Path(output_dir or Path("runs") / (Path(recipe).stem if recipe else Path(model).resolve().name))
@@ -266,7 +271,8 @@ def parse_settings(arguments: Sequence[str], prog: str | None = None, base: Path
         if names & {f"--{key}" for key in group}:
             recipe = {key: value for key, value in recipe.items() if key not in group}
     recipe["recipe"] = first.recipe
-    typed = [text for key, value in recipe.items() if value is not None for text in (f"--{key}", str(value))]
+    # As one word: a value such as -1 is no flag.
+    typed = [f"--{key}={as_typed(value)}" for key, value in recipe.items() if value is not None]
     parser = settings_parser(prog)
     settings, unknown = parser.parse_args_into_dataclasses(args=[*typed, *arguments], return_remaining_strings=True)
     if unknown:

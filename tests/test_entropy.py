@@ -1,3 +1,5 @@
+"""Moments merge exactly; the layer profile against one written here."""
+
 import math
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Names of records, and names fit to be published."""
+
 import pytest
 from run_records import records, write_run
 

@@ -1,3 +1,5 @@
+"""Every number of a report stands in the records."""
+
 import math
 import os
 import re

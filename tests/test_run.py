@@ -1,3 +1,5 @@
+"""The main job: folders, resume, refusals, single stages."""
+
 import json
 import os
 import shutil

@@ -1,3 +1,5 @@
+"""The prefix cache does what the naive way does."""
+
 import naive_search
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Searches against a naive search, on one process and two."""
+
 import copy
 import json
 from itertools import combinations

@@ -1,3 +1,5 @@
+"""Defaults, recipes and flags; what each stage depends on."""
+
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -397,3 +399,15 @@ def test_packaged_recipes_are_valid():
     for path in paths:
         parse_settings(["--recipe", path.stem])
         assert not set(read_recipe(path)) & set(OF_ONE_CALL), path.name
+
+
+def test_a_recipe_may_hold_lists(tmp_path):
+    (tmp_path / "mine.yaml").write_text("layers: [0, 1, 3]\nstages: [prepare, profile]\nsteps: 4\n")
+    settings = parse_settings(["--recipe", str(tmp_path / "mine.yaml")])
+    assert settings.layers == "0,1,3" and settings.stage_list == ["prepare", "profile"]
+
+
+def test_a_value_that_begins_with_a_dash_is_refused_by_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("num_removed: -1\n")
+    with pytest.raises(ValueError, match="num_removed must be at least 1, got -1"):
+        parse_settings(["--recipe", str(tmp_path / "mine.yaml")])

@@ -1,3 +1,5 @@
+"""What each stage leaves behind."""
+
 import json
 import math
 import shutil
