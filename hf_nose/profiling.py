@@ -20,9 +20,12 @@ from transformers.models.vit.modeling_vit import ViTAttention
 LAYER_NORM_MACS_PER_ELEMENT = 5
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, trained or frozen, each counted once where it is shared; buffers (the mask M) are none."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
+    """
+    Number of parameters, or of those that are not frozen, each counted once where it is shared; buffers (the mask M)
+    are none.
+    """
+    return sum(item.numel() for item in model.parameters() if item.requires_grad or not only_trainable)
 
 
 def count_macs(

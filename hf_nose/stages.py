@@ -140,10 +140,14 @@ def dilute(run: RunContext) -> dict[str, Any]:
         for name, arm, callbacks in arms:
             run.say(f"Training: {name.replace('_', ' ')}")
             set_seed(settings.seed)
+            trained = with_lora(arm, settings)
+            say_trainable(run, trained)
             args = training_arguments(
                 settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
             )
-            training = fit(arm, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            training = fit(trained, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            training["trainable_parameters"] = count_parameters(trained, only_trainable=True)
+            without_lora(trained)
             if name == "dilution":
                 record.update(training)
             else:

@@ -38,6 +38,7 @@ LAYERS = [
     "settings",
     "checkpoints",
     "dilution",
+    "lora",
     "training",
     "context",
     "evaluation",
