@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,7 @@ from .files import read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
 from .modeling_nose_vit import NoseViTForImageClassification
-from .settings import Settings
+from .settings import Options, Settings
 
 
 RECORDS = {
@@ -31,13 +31,15 @@ RECORDS = {
     "fold": "fold.json",
     "evaluate": "metrics.json",
     "report": "report.json",
+    # A job of its own, in a folder of its own.
+    "transfer": "metrics.json",
 }
 
 
-class RunContext:
-    """One run: settings and folder, and lazily its data and models. Every process holds one."""
+class Job(Generic[Options]):
+    """A job that trains: settings and folder, and lazily its data and models. Every process holds one."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Options):
         self.settings = settings
         self.folder = settings.folder
         self.device = choose_device(settings.device)
@@ -77,18 +79,6 @@ class RunContext:
         rows = self.data.train if split == "train" else self.data.evaluation
         columns = self.data.image_column, self.data.label_column
         return ImageDataset(rows, self.processor if processor is None else processor, *columns, num_labels=num_labels)
-
-    def calibration(self, num_labels: int) -> CalibrationSet:
-        """The calibration images: seeded, from the training split."""
-        settings = self.settings
-        return calibration_batches(
-            self.data,
-            self.processor,
-            settings.num_calibration,
-            settings.calibration_batch_size,
-            settings.seed,
-            num_labels,
-        )
 
     def augmentation(self) -> BatchAugmentation:
         """What training images go through on their way into the model."""
@@ -139,6 +129,22 @@ class RunContext:
         """One line for the person at the screen, above any progress bar."""
         if self.is_main:
             tqdm.write(text)
+
+
+class RunContext(Job[Settings]):
+    """One run of the main job."""
+
+    def calibration(self, num_labels: int) -> CalibrationSet:
+        """The calibration images: seeded, from the training split."""
+        settings = self.settings
+        return calibration_batches(
+            self.data,
+            self.processor,
+            settings.num_calibration,
+            settings.calibration_batch_size,
+            settings.seed,
+            num_labels,
+        )
 
 
 class Progress(Sequence):

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 
 from .files import read_json, write_json
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
+from .settings import TrainingOptions
 
 
 STATE = "dilution_state.json"
@@ -97,6 +98,11 @@ def add_lora(
         base_model_name_or_path="",
     )
     return NosePeftModel(model, config)
+
+
+def lora_of(model: NoseViTForImageClassification, settings: TrainingOptions) -> NosePeftModel:
+    """[`add_lora`] as the settings say."""
+    return add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.lora_target_list)
 
 
 def merge_lora(model: NosePeftModel) -> NoseViTForImageClassification:

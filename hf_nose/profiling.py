@@ -28,6 +28,12 @@ def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
     return sum(item.numel() for item in model.parameters() if item.requires_grad or not only_trainable)
 
 
+def trainable_line(model: nn.Module) -> str:
+    """How many parameters are trained, in words."""
+    trainable, total = count_parameters(model, only_trainable=True), count_parameters(model)
+    return f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})"
+
+
 def count_macs(
     config_or_model: PretrainedConfig | nn.Module, image_size: int | tuple[int, int] | None = None
 ) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from .selection import SEARCHES
 
 
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
+# The matrices of a block.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -105,7 +107,7 @@ class TrainingOptions(JobOptions):
     lora_rank: int = option(0, "Train LoRA matrices of so small a rank and the head instead of all weights; 0 is off.")
     lora_alpha: int = option(16, "Scale of the LoRA update: alpha / rank.")
     lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
-    lora_targets: str = option("q_proj,k_proj,v_proj,o_proj,fc1,fc2", "Matrices of the blocks that get LoRA.")
+    lora_targets: str = option(",".join(LORA_TARGETS), "Matrices of the blocks that get LoRA, comma-separated.")
     num_workers: int = option(0, "Loader processes.")
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
@@ -129,6 +131,14 @@ class TrainingOptions(JobOptions):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+        if not set(self.lora_target_list) <= set(LORA_TARGETS):
+            # Refused here, not after the dense training.
+            raise ValueError(f"lora_targets must be among {','.join(LORA_TARGETS)}, got {self.lora_targets!r}.")
+
+    @property
+    def lora_target_list(self) -> list[str]:
+        """The matrices that get LoRA."""
+        return [name.strip() for name in self.lora_targets.split(",")]
 
     @property
     def is_trained(self) -> bool:
@@ -237,7 +247,7 @@ EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"))
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
 NO_RESULT = ("device", "num_workers", "save_steps", "logging_steps")
-Job = TypeVar("Job", bound=TrainingOptions)
+Options = TypeVar("Options", bound=TrainingOptions)
 
 
 def recipe_path(name: str) -> Path:
@@ -282,7 +292,9 @@ def parse_settings(arguments: Sequence[str], prog: str | None = None, base: Path
     return parse_job(Settings, arguments, prog, base)
 
 
-def parse_job(kind: type[Job], arguments: Sequence[str], prog: str | None = None, base: Path | None = None) -> Job:
+def parse_job(
+    kind: type[Options], arguments: Sequence[str], prog: str | None = None, base: Path | None = None
+) -> Options:
     """
     Settings of a `kind` from a command line. The recipe's values come first, as if they had been typed before the
     flags, so flags win and both are checked alike. Without `--recipe` a run's is the digits', or none where `--model`

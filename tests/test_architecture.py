@@ -29,6 +29,7 @@ LAYERS = [
     "surgery",
     "splits",
     "images",
+    "image_size",
     "data",
     "augmentation",
     "metrics",
@@ -36,6 +37,7 @@ LAYERS = [
     "figures",
     "report",
     "settings",
+    "transfer_settings",
     "checkpoints",
     "dilution",
     "lora",
@@ -45,6 +47,7 @@ LAYERS = [
     "plan",
     "stages",
     "run",
+    "transfer",
     "cli",
 ]
 TRAVELLING = ["configuration_nose_vit", "block_nose_vit", "conversion_nose_vit", "modeling_nose_vit"]
