@@ -88,9 +88,7 @@ def start_model(
     """
     names, count = class_names, settings.num_labels
     if names is not None and count not in (None, len(names)):
-        raise ValueError(
-            f"num_labels must be {len(names)}, as the data set names its classes, or left out, got {count}."
-        )
+        raise ValueError(f"num_labels must be {len(names)}, the classes that the data set names, got {count}.")
     try:
         model = NoseViTForImageClassification.from_vit(
             settings.model,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A trained model on other images: `accelerate launch scripts/run_transfer.py --model ... --dataset ... --epochs 10`."""
+"""A trained model on other images: `accelerate launch scripts/run_transfer.py --model ... --dataset ... --steps N`."""
 
 import sys
 
