@@ -1,10 +1,12 @@
 import json
 import math
+import shutil
 
 import pytest
 import tiny_training as tiny
 import torch
 from peft import LoraConfig, PeftModel
+from tiny_run import record, resume, run
 from transformers import TrainerCallback
 
 from hf_nose.dilution import DilutionCallback
@@ -217,3 +219,50 @@ def test_a_resume_restores_the_adapter_and_m_exactly(tmp_path, stopped):
     reloaded = NosePeftModel.from_pretrained(base, str(checkpoint))
     assert nose_vit(reloaded).mask_values() == saved["mask"] and 0 <= saved["mask"][0] < 1
     assert tiny.differing(tiny.weights(trained(tmp_path / "parts", resume=True)), whole) == []
+
+
+# In the main job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compensation", ["true", "false"])
+def test_the_main_job_dilutes_with_lora_and_leaves_a_plain_model(tmp_path, capsys, compensation):
+    folder = tmp_path / "run"
+    run(folder, control="true", lora_rank=2, feature_compensation=compensation, random_controls=0)
+    found = record(folder, "dilution")
+    # Two matrices of rank 2 beside the six of each of 4 blocks, and the head.
+    count = 2 * 4 * (2 * (12 + 24) + 4 * (12 + 12)) + 10 * 12 + 10
+    assert found["trainable_parameters"] == count == found["control"]["trainable_parameters"]
+    assert f"Trainable parameters: {count:,} of" in capsys.readouterr().out
+    assert record(folder, "fold")["bitwise_equal"] is True
+    dense, after = (NoseViTForImageClassification.from_pretrained(folder / name) for name in ("dense", "model"))
+    assert after.config.removed_attention_layers == sorted(found["layers"])
+    assert not any("lora" in name for name in after.state_dict())
+    for name in ("diluted", "dense_control"):
+        arm = NoseViTForImageClassification.from_pretrained(folder / name)
+        moved = {key for key, tensor in dense.state_dict().items() if not torch.equal(tensor, arm.state_dict()[key])}
+        assert moved and all(
+            key.endswith(("proj.weight", "fc1.weight", "fc2.weight")) or "classifier" in key for key in moved
+        )
+    assert json.loads((folder / "training/dilution/checkpoint-4" / STATE).read_text())["diluted"] == sorted(
+        found["layers"]
+    )
+
+
+@pytest.mark.slow
+def test_a_main_job_with_lora_that_was_stopped_ends_with_the_same_weights(tmp_path):
+    extra = {"lora_rank": 2, "lora_dropout": 0.1, "stages": "prepare,select,dilute,fold", "control": "false"}
+    run(tmp_path / "whole", **extra)
+    run(tmp_path / "parts", **extra)
+    parts = tmp_path / "parts"
+    for name in ("model", "diluted", "training/dilution/checkpoint-8"):
+        shutil.rmtree(parts / name)
+    for name in ("dilution.json", "fold.json"):
+        (parts / name).unlink()
+    resume(parts)
+    assert record(parts, "dilution")["resumed_from"] == "checkpoint-4"
+    one, other = (
+        tiny.weights(NoseViTForImageClassification.from_pretrained(tmp_path / name / "model"))
+        for name in ("whole", "parts")
+    )
+    assert tiny.differing(one, other) == []

@@ -112,8 +112,9 @@ def test_a_transfer_leaves_an_ordinary_model_and_its_record(folded, tmp_path, me
     assert model.config.folded_attention_layers == [1, 3] and model.config.id2label == dict(enumerate(NAMES))
     assert model.config.label2id["7"] == 7 and model.num_labels == 10
 
-    head, rank, blocks = 12 * 10 + 10, 2, 4 * rank_sizes(12, 24) + 2 * 4 * rank_sizes(12, 12)
-    count = {"full": count_parameters(model), "linear_probe": head, "lora": head + rank * blocks // 2}
+    # LoRA: two matrices of rank 2 beside each of 4 blocks' MLP (12 to 24 and back) and 2 blocks' attention (12 to 12).
+    head, lora = 10 * 12 + 10, 2 * (4 * 2 * (12 + 24) + 2 * 4 * (12 + 12))
+    count = {"full": count_parameters(model), "linear_probe": head, "lora": head + lora}
     assert found["trainable_parameters"] == count[method] and found["method"] == method
     assert f"Trainable parameters: {count[method]:,} of" in capsys.readouterr().out
     assert (found["training"]["steps"], found["training"]["log"][-1]["step"]) == (8, 8)
@@ -123,10 +124,6 @@ def test_a_transfer_leaves_an_ordinary_model_and_its_record(folded, tmp_path, me
     assert found["hardware"]["device"] == "cpu" and found["versions"]["peft"] and found["settings"]["steps"] == 8
     again = evaluate_checkpoint(str(folder / "model"), "digits", max_eval_samples=20, device="cpu")
     assert {name: again[name] for name in found["metrics"]} == pytest.approx(found["metrics"], rel=1e-6)
-
-
-def rank_sizes(rows, columns):
-    return rows + columns
 
 
 @pytest.mark.parametrize("method", METHODS)
