@@ -175,11 +175,9 @@ def test_the_real_model_on_real_images_of_another_size(deit_tiny, tmp_path):
 
 
 def test_a_model_of_as_many_classes_keeps_its_head_and_gets_the_names(folded, tmp_path):
-    settings = TransferSettings(model=str(folded), steps=1)
-    model, _ = start_model(settings, ["ant", "bee", "cat"])
-    assert torch.equal(
-        model.classifier.weight, NoseViTForImageClassification.from_pretrained(folded).classifier.weight
-    )
+    model, _ = start_model(TransferSettings(model=str(folded), steps=1), ["ant", "bee", "cat"])
+    before = NoseViTForImageClassification.from_pretrained(folded)
+    assert torch.equal(model.classifier.weight, before.classifier.weight)
     assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"} and model.config.label2id["cat"] == 2
 
 
