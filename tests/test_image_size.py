@@ -45,6 +45,7 @@ def test_the_same_size_is_the_same_model():
 def test_mode_and_dtype_stay():
     model = with_image_size(tiny.model().to(torch.bfloat16).train(), 16)
     assert model.training and model.dtype == torch.bfloat16
+    assert not with_image_size(tiny.model().eval(), 16).training
 
 
 @pytest.mark.parametrize("size", [7, 10, 2, 0])
@@ -70,6 +71,11 @@ def test_a_processor_that_resizes(tmp_path):
     assert after([IMAGE], return_tensors="pt").pixel_values.shape == (1, 3, 12, 12)
     assert after.to_dict() == {**before.to_dict(), "size": {"height": 12, "width": 12}}
     assert before.size["height"] == 8
+
+
+def test_a_processor_that_did_not_resize_does_now():
+    processor = processor_with_size(ViTImageProcessorPil(size={"height": 8, "width": 8}, do_resize=False), 12)
+    assert processor([IMAGE], return_tensors="pt").pixel_values.shape == (1, 3, 12, 12)
 
 
 @pytest.mark.parametrize("size", [{"height": 256, "width": 256}, {"shortest_edge": 256}])

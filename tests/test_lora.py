@@ -6,12 +6,14 @@ import pytest
 import tiny_training as tiny
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from tiny_run import record, resume, run
 from transformers import TrainerCallback
 
 from hf_nose.dilution import DilutionCallback
-from hf_nose.lora import STATE, NosePeftModel, add_lora, merge_lora
+from hf_nose.lora import STATE, NosePeftModel, add_lora, lora_of, merge_lora
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification, nose_vit
+from hf_nose.settings import TrainingOptions
 from hf_nose.surgery import fold
 from hf_nose.training import fit
 
@@ -56,6 +58,20 @@ def test_only_lora_and_the_head_are_trained():
 def test_at_first_the_model_is_the_one_before():
     before = logits(tiny.model())
     assert torch.equal(logits(add_lora(tiny.model(), 2, 4, 0.5, TARGETS)), before)
+
+
+def test_the_settings_reach_the_matrices():
+    settings = TrainingOptions(lora_rank=3, lora_alpha=5, lora_dropout=0.25, lora_targets="fc1, o_proj")
+    model = lora_of(tiny.model(), settings)
+    adapted_modules = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert {name.rpartition(".")[2] for name in adapted_modules} == {"fc1", "o_proj"}
+    for module in adapted_modules.values():
+        assert module.r["default"] == 3 and module.lora_dropout["default"].p == 0.25
+        with torch.no_grad():
+            module.lora_B["default"].weight.normal_()
+        before, update = module.weight.clone(), module.lora_B["default"].weight @ module.lora_A["default"].weight
+        module.merge()
+        assert torch.allclose(module.weight - before, 5 / 3 * update, atol=1e-6)
 
 
 @pytest.mark.parametrize("targets", [["nothing"], ["q_proj", "classifier"], ["query"], [], ["attention"]])
