@@ -18,6 +18,7 @@ VERBS = {
     "dilute": "train while the mask falls to 0, in the folder of a run",
     "fold": "remove the diluted attention, in the folder of a run",
     "report": "figures and report, in the folder of a run",
+    "transfer": "train any model, dense or compressed, on another data set",
     "evaluate": "accuracy of any model, dense or compressed",
     "env": "versions and hardware, for a bug report",
 }
@@ -56,6 +57,15 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         from .run import run_job
 
         run_job(settings)
+        return None
+    if verb == "transfer":
+        from .settings import parse_job
+        from .transfer_settings import TransferSettings
+
+        options = parse_job(TransferSettings, arguments, prog="hf-nose transfer")
+        from .transfer import transfer_job
+
+        transfer_job(options)
         return None
     parser = argparse.ArgumentParser(prog=f"hf-nose {verb}", add_help=False, allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from accelerate import PartialState
@@ -21,13 +21,13 @@ from .loading import load_classifier
 from .modeling_nose_vit import NoseViTForImageClassification
 from .processes import place
 from .records import RECORDS
-from .settings import Settings
+from .settings import Options, Settings
 
 
-class RunContext:
-    """One run: settings and folder, and lazily its data and models. Every process holds one."""
+class Job(Generic[Options]):
+    """A job that trains: settings and folder, and lazily its data and models. Every process holds one."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Options):
         self.settings = settings
         self.folder = settings.folder
         self.device = choose_device(settings.device)
@@ -67,18 +67,6 @@ class RunContext:
         rows = self.data.train if split == "train" else self.data.evaluation
         columns = self.data.image_column, self.data.label_column
         return ImageDataset(rows, self.processor if processor is None else processor, *columns, num_labels=num_labels)
-
-    def calibration(self, num_labels: int) -> CalibrationSet:
-        """The calibration images: seeded, from the training split."""
-        settings = self.settings
-        return calibration_batches(
-            self.data,
-            self.processor,
-            settings.num_calibration,
-            settings.calibration_batch_size,
-            settings.seed,
-            num_labels,
-        )
 
     def augmentation(self) -> BatchAugmentation:
         """What training images go through on their way into the model."""
@@ -131,6 +119,22 @@ class RunContext:
         """One line for the person at the screen, above any progress bar."""
         if self.is_main:
             tqdm.write(text)
+
+
+class RunContext(Job[Settings]):
+    """One run of the main job."""
+
+    def calibration(self, num_labels: int) -> CalibrationSet:
+        """The calibration images: seeded, from the training split."""
+        settings = self.settings
+        return calibration_batches(
+            self.data,
+            self.processor,
+            settings.num_calibration,
+            settings.calibration_batch_size,
+            settings.seed,
+            num_labels,
+        )
 
 
 class Progress(Sequence):

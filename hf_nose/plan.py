@@ -68,9 +68,14 @@ def new_head(
     model = NoseViTForImageClassification.from_vit(
         model, num_labels=len(class_names), drop_path_rate=settings.drop_path_rate
     )
-    model.config.id2label = dict(enumerate(class_names))
-    model.config.label2id = {name: index for index, name in enumerate(class_names)}
+    name_classes(model.config, class_names)
     return model
+
+
+def name_classes(config: NoseViTConfig, class_names: list[str]) -> None:
+    """Writes the names of the classes into a configuration."""
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: index for index, name in enumerate(class_names)}
 
 
 def parse_layers(text: str) -> list[int]:

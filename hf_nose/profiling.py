@@ -20,9 +20,18 @@ from transformers.models.vit.modeling_vit import ViTAttention
 LAYER_NORM_MACS_PER_ELEMENT = 5
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, trained or frozen, each counted once where it is shared; buffers (the mask M) are none."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
+    """
+    Number of parameters, or of those that are not frozen, each counted once where it is shared; buffers (the mask M)
+    are none.
+    """
+    return sum(item.numel() for item in model.parameters() if item.requires_grad or not only_trainable)
+
+
+def trainable_line(model: nn.Module) -> str:
+    """How many parameters are trained, in words."""
+    trainable, total = count_parameters(model, only_trainable=True), count_parameters(model)
+    return f"Trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})"
 
 
 def count_macs(

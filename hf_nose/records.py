@@ -9,8 +9,8 @@ from typing import Any
 from .files import read_json
 
 
-# The file that each stage leaves.
-RECORDS = {
+# The file that each stage of the main job leaves.
+STAGE_RECORDS = {
     "prepare": "prepare.json",
     "profile": "profile.json",
     "select": "selection.json",
@@ -19,6 +19,8 @@ RECORDS = {
     "evaluate": "metrics.json",
     "report": "report.json",
 }
+# The transfer is a job of its own, in a folder of its own.
+RECORDS = {**STAGE_RECORDS, "transfer": "metrics.json"}
 # Named like a model and a data set of the Hub, but part of the package or of scikit-learn.
 EMBEDDED = ("digits-vit", "digits")
 Records = dict[str, dict[str, Any]]
@@ -26,7 +28,7 @@ Records = dict[str, dict[str, Any]]
 
 def read_records(folder: str | os.PathLike[str]) -> Records:
     """The records that a run has left so far, by the name of their file; those of stages not run are absent."""
-    paths = {Path(name).stem: Path(folder) / name for stage, name in RECORDS.items() if stage != "report"}
+    paths = {Path(name).stem: Path(folder) / name for stage, name in STAGE_RECORDS.items() if stage != "report"}
     return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
 

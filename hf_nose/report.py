@@ -11,7 +11,7 @@ from typing import Any
 
 from .figures import MODEL_NAMES
 from .files import write_text
-from .records import RECORDS, Records, public_name, read_records
+from .records import STAGE_RECORDS, Records, public_name, read_records
 
 
 CAPTIONS = {
@@ -241,7 +241,7 @@ def _data(records: Records) -> list[str]:
 
 
 def _missing(records: Records) -> list[str]:
-    files = {stage: name.removesuffix(".json") for stage, name in RECORDS.items() if stage != "report"}
+    files = {stage: name.removesuffix(".json") for stage, name in STAGE_RECORDS.items() if stage != "report"}
     stages = [stage for stage, name in files.items() if name not in records]
     lines = [f"- Stages not run in this folder: {', '.join(stages)}."] if stages else []
     if "metrics" in records and "dense_control" not in records["metrics"]["models"]:

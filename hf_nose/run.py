@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .configuration_nose_vit import NoseViTConfig
-from .context import RunContext
+from .context import Job, RunContext
 from .files import locked, read_json, write_json, write_text
 from .plan import dense_model, planned_layers
 from .profiling import count_macs, count_parameters
@@ -34,7 +34,7 @@ MADE_BY = {
     "report": ("report.md", "figures"),
 }
 # The stages that train, with the folders of their checkpoints.
-TRAININGS = {"prepare": ("dense",), "dilute": ("dilution", "dense_control")}
+TRAININGS = {"prepare": ("dense",), "dilute": ("dilution", "dense_control"), "transfer": ("transfer",)}
 
 
 def run_job(settings: Settings) -> RunContext:
@@ -63,7 +63,8 @@ def rerun_stage(settings: Settings, stage: str) -> RunContext:
         if stage in TRAININGS:
             # From here on its checkpoints are those of the new training, which may be resumed.
             drop_results(run, STAGES[number:])
-        record = run_stage(run, stage, "[1/1]")
+        start_stage(run, stage, "[1/1]")
+        record = STAGE_FUNCTIONS[stage](run)
         # A stage that does not train and fails has lost nothing.
         drop_results(run, STAGES[number + 1 :])
         for name in (name for later in STAGES[number + 1 :] for name in MADE_BY.get(later, ())):
@@ -72,26 +73,28 @@ def rerun_stage(settings: Settings, stage: str) -> RunContext:
     return run
 
 
-def run_stages(run: RunContext, stages: Sequence[str]) -> None:
+def run_stages(
+    run: Job, stages: Sequence[str], functions: Mapping[str, Callable[[Any], dict[str, Any]]] = STAGE_FUNCTIONS
+) -> None:
     """Runs stages in order, skipping those that have left their record; the report is always made anew."""
     for number, stage in enumerate(stages, start=1):
         if run.is_finished(stage) and stage != "report":
             run.say(f"[{number}/{len(stages)}] {stage}: finished before")
             continue
-        run.write(stage, run_stage(run, stage, f"[{number}/{len(stages)}]"))
+        start_stage(run, stage, f"[{number}/{len(stages)}]")
+        run.write(stage, functions[stage](run))
 
 
-def run_stage(run: RunContext, stage: str, count: str) -> dict[str, Any]:
-    """Runs one stage, which has left no record yet or is to leave another; returns the record."""
+def start_stage(run: Job, stage: str, count: str) -> None:
+    """Announces a stage and, where it trains, notes the settings under which it does."""
     run.say(f"{count} {stage}")
     if run.is_main and stage in TRAININGS:
         started_record(run, stage).parent.mkdir(exist_ok=True)
         write_json(started_record(run, stage), {"settings": run.settings.of_stage(stage)})
-    return STAGE_FUNCTIONS[stage](run)
 
 
-def open_folder(run: RunContext) -> None:
-    """Makes the run's folder ready: empty, continued or overwritten; refuses anything else."""
+def open_folder(run: Job, stages: Sequence[str] = STAGES) -> None:
+    """Makes the job's folder ready: empty, continued or overwritten; refuses anything else."""
     if not run.is_main:
         return
     settings = run.settings
@@ -103,7 +106,7 @@ def open_folder(run: RunContext) -> None:
         for name in used:
             drop(run, name)
     elif settings.resume:
-        check_settings(run, STAGES)
+        check_settings(run, stages)
     elif used or strangers:
         raise ValueError(
             f"output_dir {run.folder} is not empty ({', '.join((used or strangers)[:4])}): continue it with "
@@ -112,7 +115,7 @@ def open_folder(run: RunContext) -> None:
     write_text(run.folder / "settings.yaml", settings.to_yaml())
 
 
-def check_settings(run: RunContext, stages: Sequence[str]) -> None:
+def check_settings(run: Job, stages: Sequence[str]) -> None:
     """Refuses, by key, settings that differ from those a stage was finished with, or has started to train with."""
     changed = []
     for stage in stages:
@@ -138,7 +141,7 @@ def drop_results(run: RunContext, stages: Sequence[str]) -> None:
     run.state.wait_for_everyone()
 
 
-def drop(run: RunContext, name: str) -> None:
+def drop(run: Job, name: str) -> None:
     """Deletes a file or folder of the run, where it is there."""
     path = run.folder / name
     if run.is_main:
@@ -156,7 +159,7 @@ def drop_training(run: RunContext, stage: str) -> None:
             shutil.rmtree(folder)
 
 
-def started_record(run: RunContext, stage: str) -> Path:
+def started_record(run: Job, stage: str) -> Path:
     """Where the settings stand that a stage started to train with: its checkpoints are of no use under others."""
     return run.folder / "training" / f"{stage}.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -19,7 +19,8 @@ from .selection import SEARCHES
 
 
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
-DEFAULT_RECIPE = "digits"
+# The matrices of a block.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -28,14 +29,13 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 
 
 @dataclass
-class Settings:
-    """Everything a run can be told. Learning rates and steps are those of the whole run, batch sizes per process."""
+class JobOptions:
+    """What any job can be told about its folder, its model and its data."""
 
     recipe: str | None = option(
         None, "Recipe in the package, or a YAML file; flags win over it. By default digits, or none beside a --model."
     )
     output_dir: str | None = option(None, "Folder of the run; runs/<recipe>, or runs/<model>, by default.")
-    stages: str = option(",".join(STAGES), "Stages to run, comma-separated, in their order.")
     dry_run: bool = option(False, "Show settings, costs and schedule, run one forward, write nothing.")
     resume: bool = option(False, "Continue a run: after its last finished stage, inside training from a checkpoint.")
     overwrite: bool = option(False, "Delete what an earlier run left in the folder.")
@@ -55,6 +55,11 @@ class Settings:
     max_train_samples: int | None = option(None, "Take a sample of so many training images.")
     max_eval_samples: int | None = option(None, "Take a sample of so many evaluation images.")
 
+
+@dataclass
+class RemovalOptions(JobOptions):
+    """What is removed, and how."""
+
     num_calibration: int = option(512, "Images that entropies and scores are measured on.")
     calibration_batch_size: int = option(64, "Images a forward there.")
     tokens: str = option("all", "Tokens that the layer profile counts.", choices=("all", "class"))
@@ -71,8 +76,6 @@ class Settings:
     target: str = option("logits", "Whose entropy counts.", choices=("logits", "features"))
 
     dense_steps: int = option(0, "Steps to train the dense model before anything is removed.")
-    steps: int = option(0, "Steps to train while M decays; 0 removes without training.")
-    epochs: float | None = option(None, "Length of that training in epochs, instead of steps.")
     schedule: str = option("linear", "How M falls from 1 to 0.", choices=SCHEDULES)
     decay: float = option(0.75, "How long it falls: a fraction of training, or units above 1.")
     unit: str = option("step", "Whether M changes by step or by epoch.", choices=UNITS)
@@ -81,6 +84,15 @@ class Settings:
     )
     control: bool = option(False, "Train the dense model on for the same steps, to compare with.")
 
+
+@dataclass
+class TrainingOptions(JobOptions):
+    """How models are trained and evaluated: with [`JobOptions`], what every job that trains can be told."""
+
+    default_recipe: ClassVar[str | None] = None
+
+    steps: int = option(0, "Steps to train; in a run while M decays, where 0 removes without training.")
+    epochs: float | None = option(None, "Length of that training in epochs, instead of steps.")
     batch_size: int = option(64, "Training images a step and process.")
     gradient_accumulation_steps: int = option(1, "Batches a step.")
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
@@ -93,26 +105,80 @@ class Settings:
     flip: bool = option(False, "Training images are mirrored half of the time.")
     bf16: bool = option(False, "Train in bfloat16.")
     gradient_checkpointing: bool = option(False, "Trade time for memory in training.")
+    lora_rank: int = option(0, "Train LoRA matrices of so small a rank and the head instead of all weights; 0 is off.")
+    lora_alpha: int = option(16, "Scale of the LoRA update: alpha / rank.")
+    lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
+    lora_targets: str = option(",".join(LORA_TARGETS), "Matrices of the blocks that get LoRA, comma-separated.")
     num_workers: int = option(0, "Loader processes.")
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
     logging_steps: int = option(20, "Steps between log lines.")
 
     eval_batch_size: int = option(64, "Images a forward in evaluation.")
+
+    def __post_init__(self) -> None:
+        self.check_numbers()
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other.")
+
+    def check_numbers(self) -> None:
+        """Refuses, by name, numbers out of range."""
+        for names, least in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
+            for name in names:
+                value = vars(self).get(name)
+                if value is not None and value < least:
+                    raise ValueError(f"{name} must be {'at least 1' if least else '0 or more'}, got {value}.")
+        if self.epochs is not None and (self.epochs <= 0 or self.steps):
+            raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+        if not set(self.lora_target_list) <= set(LORA_TARGETS):
+            # Refused here, not after the dense training.
+            raise ValueError(f"lora_targets must be among {','.join(LORA_TARGETS)}, got {self.lora_targets!r}.")
+
+    @property
+    def lora_target_list(self) -> list[str]:
+        """The matrices that get LoRA."""
+        return [name.strip() for name in self.lora_targets.split(",")]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether `steps` or `epochs` say that there is training."""
+        return self.steps > 0 or self.epochs is not None
+
+    @property
+    def folder(self) -> Path:
+        """The job's folder."""
+        return run_folder(self.output_dir, self.recipe, self.model)
+
+    def of_stage(self, stage: str) -> dict[str, Any]:
+        """The settings that the result of `stage` depends on: here all but those that change no result."""
+        return {name: value for name, value in asdict(self).items() if name not in (*OF_ONE_CALL, *NO_RESULT)}
+
+    def to_yaml(self) -> str:
+        """All settings but those of one call, as a recipe that repeats the job."""
+        return yaml.safe_dump({k: v for k, v in asdict(self).items() if k not in OF_ONE_CALL}, sort_keys=False)
+
+
+@dataclass
+class Settings(TrainingOptions, RemovalOptions):
+    """Everything a run can be told. Learning rates and steps are those of the whole run, batch sizes per process."""
+
+    default_recipe: ClassVar[str | None] = "digits"
+
+    stages: str = option(",".join(STAGES), "Stages to run, comma-separated, in their order.")
     random_controls: int = option(3, "Random sets evaluated beside the chosen one.")
     throughput_batch_size: int = option(32, "Images a forward where speed is measured.")
     throughput_rounds: int = option(10, "Interleaved rounds there.")
 
     def __post_init__(self) -> None:
-        self.check_numbers()
+        super().__post_init__()
         given = [name for name in ("num_removed", "ratio", "layers") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"Give one of num_removed, ratio and layers, got {' and '.join(given)}.")
         unknown = sorted(set(self.stage_list) - set(STAGES))
         if unknown or not self.stage_list:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other.")
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
         if not self.is_trained and self.feature_compensation:
@@ -120,18 +186,11 @@ class Settings:
 
     def check_numbers(self) -> None:
         """Refuses, by name, numbers out of range."""
-        for name in POSITIVE:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
+        super().check_numbers()
         if self.throughput_rounds < 2:
             raise ValueError(f"throughput_rounds must be at least 2, for quartiles, got {self.throughput_rounds}.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be in (0, 1), got {self.ratio}.")
-        if self.epochs is not None and (self.epochs <= 0 or self.steps):
-            raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
         if self.unit == "epoch" and self.steps:
             raise ValueError("unit=epoch needs the length of training in epochs: give epochs instead of steps.")
         if self.steps or self.unit == "epoch" and self.epochs:
@@ -144,31 +203,17 @@ class Settings:
         return [name.strip() for name in self.stages.split(",") if name.strip()]
 
     @property
-    def is_trained(self) -> bool:
-        """Whether the dilution trains."""
-        return self.steps > 0 or self.epochs is not None
-
-    @property
     def uses_compensation(self) -> bool:
         """Feature compensation as asked for, or by default: on, but not with one_shot or without training."""
         if self.feature_compensation is not None:
             return self.feature_compensation
         return self.is_trained and self.schedule != "one_shot"
 
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return run_folder(self.output_dir, self.recipe, self.model)
-
     def of_stage(self, stage: str) -> dict[str, Any]:
         """The settings that the result of `stage` depends on; those of training only where the stage trains."""
         is_trained = {"prepare": self.dense_steps > 0, "dilute": self.is_trained}.get(stage, True)
         names = [name for name in DEPENDS.get(stage, "").split() if is_trained or name not in OF_TRAINING.split()]
         return {name: getattr(self, name) for name in names}
-
-    def to_yaml(self) -> str:
-        """All settings but those of one call, as a recipe that repeats the run."""
-        return yaml.safe_dump({k: v for k, v in asdict(self).items() if k not in OF_ONE_CALL}, sort_keys=False)
 
 
 OF_TRAINING = (
@@ -186,24 +231,25 @@ DEPENDS = {
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
         "beam_width num_draws mask sign target"
     ),
-    "dilute": (f"seed steps epochs schedule decay unit feature_compensation control {OF_TRAINING}"),
+    "dilute": (
+        "seed steps epochs schedule decay unit feature_compensation control "
+        f"lora_rank lora_alpha lora_dropout lora_targets {OF_TRAINING}"
+    ),
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
 POSITIVE = (
     *("num_removed", "max_train_samples", "max_eval_samples"),
-    *(
-        "num_calibration",
-        "calibration_batch_size",
-        "beam_width",
-        "num_draws",
-        "batch_size",
-        "gradient_accumulation_steps",
-    ),
-    *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size"),
+    *("num_calibration", "calibration_batch_size", "beam_width", "num_draws", "batch_size", "lora_alpha"),
+    *("gradient_accumulation_steps", "save_steps", "eval_steps", "logging_steps"),
+    *("eval_batch_size", "throughput_batch_size"),
 )
+NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
 # A flag of a group takes the place of whatever the recipe says of the group.
 EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"))
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
+# Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
+NO_RESULT = ("device", "num_workers", "save_steps", "logging_steps")
+Options = TypeVar("Options", bound=TrainingOptions)
 
 
 def recipe_path(name: str) -> Path:
@@ -216,15 +262,15 @@ def recipe_path(name: str) -> Path:
     return path
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a recipe; `ValueError` naming keys that no setting has."""
+def read_recipe(path: Path, kind: type[TrainingOptions] = Settings) -> dict[str, Any]:
+    """The settings of a `kind` in a recipe; `ValueError` naming keys that no setting has."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name} is not YAML: {error}.") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path.name} must map settings to values, got {type(recipe).__name__}.")
-    known = {item.name for item in fields(Settings)} - {"recipe"}
+    known = {item.name for item in fields(kind)} - {"recipe"}
     unknown = sorted(set(map(str, recipe)) - known)
     if unknown:
         raise ValueError(
@@ -243,37 +289,44 @@ def run_folder(output_dir: str | None, recipe: str | None, model: str) -> Path:
     return Path(output_dir or Path("runs") / (Path(recipe).stem if recipe else Path(model).resolve().name))
 
 
-def settings_parser(prog: str | None) -> HfArgumentParser:
-    """One flag for every field of [`Settings`]."""
-    return HfArgumentParser(cast(Any, Settings), prog=prog, allow_abbrev=False)
+def settings_parser(prog: str | None, kind: type[TrainingOptions] = Settings) -> HfArgumentParser:
+    """One flag for every field of the settings."""
+    return HfArgumentParser(cast(Any, kind), prog=prog, allow_abbrev=False)
 
 
 def parse_settings(arguments: Sequence[str], prog: str | None = None, base: Path | None = None) -> Settings:
+    """The [`Settings`] of a run, see [`parse_job`]."""
+    return parse_job(Settings, arguments, prog, base)
+
+
+def parse_job(
+    kind: type[Options], arguments: Sequence[str], prog: str | None = None, base: Path | None = None
+) -> Options:
     """
-    Settings from a command line. The recipe's values come first, as if they had been typed before the flags, so flags
-    win and both are checked alike. Without `--recipe` it is the digits', or none where `--model` or `--dataset` names
-    something else: what suits the digits trains nothing else by accident. A settings.yaml takes the recipe's place:
-    `base`, or that of the folder where `--resume` is given without `--recipe`.
+    Settings of a `kind` from a command line. The recipe's values come first, as if they had been typed before the
+    flags, so flags win and both are checked alike. Without `--recipe` a run's is the digits', or none where `--model`
+    or `--dataset` names something else: what suits the digits trains nothing else by accident. A settings.yaml takes
+    the recipe's place: `base`, or that of the folder where `--resume` is given without `--recipe`.
     """
-    first = settings_parser(prog).parse_known_args(list(arguments))[0]
+    first = settings_parser(prog, kind).parse_known_args(list(arguments))[0]
     # The parser takes --num-removed for --num_removed.
     names = {"--" + argument.split("=")[0][2:].replace("-", "_") for argument in arguments if argument[:2] == "--"}
     is_chosen = first.recipe is not None
-    if not is_chosen and (first.model, first.dataset) == (Settings.model, Settings.dataset):
-        first.recipe = DEFAULT_RECIPE
+    if not is_chosen and (first.model, first.dataset) == (kind.model, kind.dataset):
+        first.recipe = kind.default_recipe
     saved = run_folder(first.output_dir, first.recipe, first.model) / "settings.yaml"
     if base is None and first.resume and not is_chosen and saved.is_file():
         base = saved
     if base is None and first.recipe is not None:
         base = recipe_path(first.recipe)
-    recipe = {} if base is None else read_recipe(base)
+    recipe = {} if base is None else read_recipe(base, kind)
     for group in EXCLUSIVE:
         if names & {f"--{key}" for key in group}:
             recipe = {key: value for key, value in recipe.items() if key not in group}
     recipe["recipe"] = first.recipe
     # As one word: a value such as -1 is no flag.
     typed = [f"--{key}={as_typed(value)}" for key, value in recipe.items() if value is not None]
-    parser = settings_parser(prog)
+    parser = settings_parser(prog, kind)
     settings, unknown = parser.parse_args_into_dataclasses(args=[*typed, *arguments], return_remaining_strings=True)
     if unknown:
         raise ValueError(f"Unknown settings: {' '.join(unknown)}. See --help.")

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from .context import Progress, RunContext
+from .context import Job, Progress, RunContext
 from .dilution import DilutionCallback
 from .entropy import layer_profile
 from .figures import draw_figures
 from .images import ImageBatches
+from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
 from .plan import dense_model, planned_layers
-from .profiling import compare_throughput, count_macs, count_parameters, hardware
+from .profiling import compare_throughput, count_macs, count_parameters, hardware, trainable_line
 from .records import EMBEDDED, public_id
 from .report import write_report
 from .selection import Selection, num_passes, random_sets, select_attention_layers
@@ -42,6 +43,12 @@ def prepare(run: RunContext) -> dict[str, Any]:
         )
         training = fit(model, train, evaluation, args, run.augmentation(), resume=settings.resume)
     run.save("dense", model, processor)
+    return {**start_record(run, model), "dense_training": training}
+
+
+def start_record(run: Job, model: NoseViTForImageClassification) -> dict[str, Any]:
+    """Which model and which data a job starts from."""
+    settings = run.settings
     assert run.data.train is not None
     model_id = public_id(settings.model, settings.base_model_id)
     dataset_id = public_id(settings.dataset, settings.dataset_id)
@@ -62,7 +69,6 @@ def prepare(run: RunContext) -> dict[str, Any]:
             "num_eval": len(run.data.evaluation),
             "notes": run.data.notes,
         },
-        "dense_training": training,
     }
 
 
@@ -143,10 +149,15 @@ def dilute(run: RunContext) -> dict[str, Any]:
         for name, arm, callbacks in arms:
             run.say(f"Training: {name.replace('_', ' ')}")
             set_seed(settings.seed)
+            trained = lora_of(arm, settings) if settings.lora_rank else arm
+            run.say(trainable_line(trained))
             args = training_arguments(
                 settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
             )
-            training = fit(arm, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            training = fit(trained, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            training["trainable_parameters"] = count_parameters(trained, only_trainable=True)
+            if isinstance(trained, NosePeftModel):
+                merge_lora(trained)
             if name == "dilution":
                 record.update(training)
             else:

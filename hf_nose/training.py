@@ -21,7 +21,7 @@ from .launch import check_launch
 from .manifests import manifest_error
 from .metrics import TopKAccuracy, top5_ids
 from .modeling_nose_vit import nose_vit
-from .settings import Settings
+from .settings import TrainingOptions
 
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 def training_arguments(
-    settings: Settings, folder: Path, steps: int, epochs: float | None, on_cpu: bool
+    settings: TrainingOptions, folder: Path, steps: int, epochs: float | None, on_cpu: bool
 ) -> TrainingArguments:
     """The Trainer's arguments for `steps` steps (or `epochs` epochs) with checkpoints in `folder`."""
     return TrainingArguments(
@@ -221,7 +221,7 @@ def training_arguments(
 
 
 def fit(
-    model: PreTrainedModel,
+    model: nn.Module,
     train: ImageDataset,
     evaluation: ImageDataset,
     args: TrainingArguments,

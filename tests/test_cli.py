@@ -133,7 +133,7 @@ def test_help_imports_nothing_heavy():
             main(["--help"])
         except SystemExit:
             pass
-        heavy = ("datasets", "evaluate", "sklearn", "matplotlib", "transformers.trainer", "hf_nose.run")
+        heavy = ("datasets", "evaluate", "sklearn", "matplotlib", "peft", "transformers.trainer", "hf_nose.run")
         print([name for name in heavy if name in sys.modules], file=sys.stderr)
     """
     found = python("-c", script)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hf_nose.settings import (
     DEPENDS,
     EXCLUSIVE,
+    NO_RESULT,
     OF_ONE_CALL,
     OF_TRAINING,
     STAGES,
@@ -18,10 +19,6 @@ from hf_nose.settings import (
     read_recipe,
     recipe_path,
 )
-
-
-# Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = {"device", "num_workers", "save_steps", "logging_steps"}
 
 
 def recipe(tmp_path, **values):
@@ -371,8 +368,10 @@ def test_every_setting_is_classified_once():
     names = {item.name for item in fields(Settings)}
     of_stages = {name for stage in DEPENDS for name in DEPENDS[stage].split()}
     assert set(DEPENDS) <= set(STAGES)
-    assert of_stages | set(OF_ONE_CALL) | NO_RESULT == names
-    assert not of_stages & set(OF_ONE_CALL) and not of_stages & NO_RESULT and not set(OF_ONE_CALL) & NO_RESULT
+    assert of_stages | {*OF_ONE_CALL, *NO_RESULT} == names
+    assert (
+        not of_stages & set(OF_ONE_CALL) and not of_stages & set(NO_RESULT) and not set(OF_ONE_CALL) & set(NO_RESULT)
+    )
     for stage in DEPENDS:
         assert len(set(DEPENDS[stage].split())) == len(DEPENDS[stage].split())
     assert set(OF_TRAINING.split()) == set(DEPENDS["prepare"].split()) & set(DEPENDS["dilute"].split()) - {"seed"}
