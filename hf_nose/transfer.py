@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import set_seed
 from transformers.image_processing_backends import PilBackend
@@ -15,6 +14,7 @@ from .context import Job, Progress
 from .files import locked
 from .image_size import processor_with_size, with_image_size
 from .images import ImageBatches, load_processor
+from .loading import load_classifier
 from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
@@ -89,14 +89,11 @@ def start_model(
     names, count = class_names, settings.num_labels
     if names is not None and count not in (None, len(names)):
         raise ValueError(f"num_labels must be {len(names)}, the classes that the data set names, got {count}.")
-    try:
-        model = NoseViTForImageClassification.from_vit(
-            settings.model,
-            num_labels=count if names is None else len(names),
-            drop_path_rate=settings.drop_path_rate,
-        )
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {settings.model} are corrupt or truncated: {error}.") from error
+    model = load_classifier(
+        settings.model,
+        num_labels=count if names is None else len(names),
+        drop_path_rate=settings.drop_path_rate,
+    )
     if names is not None:
         name_classes(model.config, names)
     processor = load_processor(settings.model)
