@@ -16,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .augmentation import BatchAugmentation
 from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
+from .distillation import Distiller
 from .files import manifest_error
 from .images import ImageDataset
 from .launch import check_launch
@@ -33,6 +34,7 @@ class NoseTrainer(Trainer):
 
     - `augmentation`, called with (pixel_values, step, micro_step, rank), is applied inside the training step, where
       its draws repeat after a resume.
+    - `distiller` adds its loss to that of the labels, in training alone: an evaluation's loss is that of the labels.
     - M stands in every log line and in `state.log_history`.
     - A checkpoint appears whole or not at all, with the hashes of its files.
     - A loss or weight that is not finite stops training; the last good checkpoint stays.
@@ -40,6 +42,7 @@ class NoseTrainer(Trainer):
 
     Raises:
         `ValueError`: for `load_best_model_at_end` with diluted layers: it would pick an early checkpoint with M > 0.
+            For a distiller whose teacher does not fit the model, or beside several GPUs in one process.
         `LaunchError`: where fewer processes run than were asked for.
     """
 
@@ -48,6 +51,7 @@ class NoseTrainer(Trainer):
         model: PreTrainedModel | nn.Module,
         args: TrainingArguments,
         augmentation: BatchAugmentation | None = None,
+        distiller: Distiller | None = None,
         **kwargs: Any,
     ):
         check_launch(args.world_size)
@@ -60,12 +64,24 @@ class NoseTrainer(Trainer):
         if args.ddp_find_unused_parameters is None and diluted:
             # At M = 0 the diluted attention takes part in no step.
             args.ddp_find_unused_parameters = True
+        if distiller is not None:
+            distiller.check_student(model)
+            if args.n_gpu > 1:
+                raise ValueError(
+                    f"A distiller needs one process for each of the {args.n_gpu} GPUs: start by `accelerate launch "
+                    f"--num_processes {args.n_gpu}`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
+                )
+            # The images of a step are then counted by process, for both losses; processes are averaged either way.
+            args.average_tokens_across_devices = False
         # Not finite losses stop the run instead of being filtered from the log.
         args.logging_nan_inf_filter = False
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("preprocess_logits_for_metrics", top5_ids)
         super().__init__(model=model, args=args, **kwargs)
         self.augmentation = augmentation
+        self.distiller = distiller
+        if distiller is not None:
+            distiller.teacher.to(args.device)
         self._staging: Path | None = None
         self._micro_step = (-1, 0)
 
@@ -84,6 +100,27 @@ class NoseTrainer(Trainer):
                 f"{self.args.output_dir} is from before. Lower the learning rate or look at the data."
             )
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's, label smoothing included; in training with the distiller's loss beside it."""
+        if self.distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        pixel_values = inputs["pixel_values"]
+        inputs = {**inputs, **self.distiller.forward_options}
+        hard, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        # In the student's precision: bfloat16 where it trains in that.
+        with self.accelerator.autocast():
+            soft = self.distiller(nose_vit(model), outputs, pixel_values)
+        # Divided as the hard loss is: by the images of the whole step, or the batch's where the Trainer divides on.
+        count = len(pixel_values) if num_items_in_batch is None else num_items_in_batch
+        loss = (1 - self.distiller.weight) * hard + soft.sum() / count
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         vit = nose_vit(cast(nn.Module, self.model))
@@ -228,6 +265,7 @@ def fit(
     augmentation: BatchAugmentation | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
+    distiller: Distiller | None = None,
 ) -> dict[str, Any]:
     """
     Trains `model` in place, from the last whole checkpoint where `resume` finds one.
@@ -244,6 +282,7 @@ def fit(
         model=model,
         args=args,
         augmentation=augmentation,
+        distiller=distiller,
         train_dataset=train,
         eval_dataset=evaluation,
         callbacks=list(callbacks),
