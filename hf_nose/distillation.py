@@ -76,7 +76,9 @@ class Distiller:
     def check_student(self, student: nn.Module) -> None:
         """`ValueError` where `student` cannot learn from the teacher."""
         if {id(parameter) for parameter in student.parameters()} & {id(held) for held in self.teacher.parameters()}:
-            raise ValueError("teacher and student share parameters, which would be frozen. Give a copy as the teacher.")
+            raise ValueError(
+                "teacher and student share parameters, which would be frozen. Give a copy as the teacher."
+            )
         check_pair(nose_vit(self.teacher).config, nose_vit(student).config, self.features)
 
     def __call__(self, student: NoseViTModel, output: Any, pixel_values: torch.Tensor) -> torch.Tensor:
