@@ -1,4 +1,4 @@
-"""Distillation: a teacher's soft logits, and what flows through chosen blocks of it, as a second target of training."""
+"""Distillation: a teacher's soft logits, and what flows through chosen blocks of it, as a second target."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: kept beside training, evaluated, saved with it, its result in the end."""
+"""An exponential moving average of the weights, kept beside training; in the end it is the result of training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +36,8 @@ class ExponentialMovingAverage(TrainerCallback):
     """
 
     def __init__(self, decay: float):
-        check_decay(decay)
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), such as 0.9999, got {decay}.")
         self.decay = decay
         self.update = get_ema_multi_avg_fn(decay)
         self.average: dict[str, torch.Tensor] = {}
@@ -116,9 +117,3 @@ class ExponentialMovingAverage(TrainerCallback):
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters that training may change; frozen ones, as under LoRA, are their own average."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def check_decay(decay: float) -> None:
-    """`ValueError` for a decay out of range."""
-    if not 0 < decay < 1:
-        raise ValueError(f"ema_decay must be in (0, 1), such as 0.9999, got {decay}.")

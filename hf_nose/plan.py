@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import ViTConfig
+from transformers import AutoConfig, ViTConfig
+from transformers.image_processing_backends import PilBackend
 
 from .configuration_nose_vit import NoseViTConfig
+from .conversion_nose_vit import unsupported
+from .distillation import check_blocks, check_pair
 from .images import digits_processor, load_processor
 from .modeling_nose_vit import NoseViTForImageClassification
 from .settings import Settings
@@ -76,12 +79,45 @@ def new_head(
     return model
 
 
-def parse_layers(text: str) -> list[int]:
-    """`"0,1,3"` as a list; `ValueError` for anything else."""
+def check_teacher(settings: Settings, config: NoseViTConfig, processor: PilBackend) -> None:
+    """`ValueError` where the settings' teacher cannot teach a model of `config` on images from `processor`."""
+    check_blocks(settings.distillation_features, distillation_blocks(settings), config)
+    if settings.has_own_teacher:
+        return
+    teacher = AutoConfig.from_pretrained(settings.teacher)
+    if teacher.model_type not in ("vit", "nose_vit"):
+        raise ValueError(f"teacher {settings.teacher}: {unsupported(teacher.model_type)}")
+    check_pair(NoseViTConfig.from_vit(teacher), config, settings.distillation_features)
+    expected = load_processor(str(settings.teacher))
+    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        values = [getattr(each, name) for each in (expected, processor)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"teacher {settings.teacher} expects pixels with {name} {values[0]}, the model is fed {values[1]}, and "
+                "both see the same. Train the teacher on such images, or start from a model with its processor."
+            )
+
+
+def load_teacher(settings: Settings) -> NoseViTForImageClassification:
+    """The settings' own teacher."""
+    try:
+        return NoseViTForImageClassification.from_vit(str(settings.teacher))
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {settings.teacher} are corrupt or truncated: {error}.") from error
+
+
+def distillation_blocks(settings: Settings) -> list[int]:
+    """The blocks whose features are compared."""
+    blocks = settings.distillation_blocks
+    return [] if blocks is None else parse_layers(blocks, "distillation_blocks")
+
+
+def parse_layers(text: str, name: str = "layers") -> list[int]:
+    """`"0,1,3"` as a list; `ValueError` naming the setting for anything else."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"layers must be indices such as 0,1,3,4,6, got {text!r}.") from error
+        raise ValueError(f"{name} must be indices such as 0,1,3,4,6, got {text!r}.") from error
 
 
 def planned_layers(settings: Settings, config: NoseViTConfig) -> tuple[list[int] | None, int]:

@@ -222,6 +222,7 @@ def _training(records: Records) -> list[str]:
             f"- Dilution: {escape(dilution['schedule'])} schedule, {compensation} feature compensation, "
             f"{dilution['steps']} steps, {dilution['seconds']:.1f} s."
         )
+        lines += _targets(dilution)
         if dilution["control"] is not None:
             control = dilution["control"]
             lines.append(f"- Dense model trained on beside it: {control['steps']} steps, {control['seconds']:.1f} s.")
@@ -231,6 +232,31 @@ def _training(records: Records) -> list[str]:
         lines.append(
             f"- Logits before and after the fold, {fold['num_images']} images: {equal}, greatest difference "
             f"{fold['max_abs_logit_difference']:.3g}."
+        )
+    return lines
+
+
+def _targets(dilution: dict[str, Any]) -> list[str]:
+    """A line on the teacher and one on the moving average, where there was one; older records name neither."""
+    lines, taught, decay = [], dilution.get("distillation"), dilution.get("ema_decay")
+    if taught is not None:
+        teacher = "the dense model" if taught["teacher"] == "dense" else escape(public_name(taught["teacher"], None))
+        logits = f"its logits at temperature {taught['temperature']:g}, weight {taught['weight']:g}"
+        kinds = {"class_token": "class token", "patches": "patch tokens", "both": "class token and patch tokens"}
+        features = (
+            f"{kinds[taught['features']]} behind blocks {_layers(taught['blocks'])}, weight "
+            f"{taught['feature_weight']:g}"
+            if taught["blocks"]
+            else None
+        )
+        targets = " and ".join(filter(None, (logits if taught["weight"] else None, features)))
+        control = "" if dilution["control"] is None else f"; the dense control {'too' if taught['control'] else 'not'}"
+        lines.append(f"- Distilled from {teacher}: {targets}{control}.")
+    if decay is not None:
+        last = {key: line[key] for line in dilution["log"] for key in ("eval_top1", "eval_ema_top1") if key in line}
+        lines.append(
+            f"- The result is the moving average of the weights, decay {decay:g}: top-1 {_percent(last['eval_ema_top1'])} "
+            f"% at the end of training, against {_percent(last['eval_top1'])} % of the last weights."
         )
     return lines
 

@@ -13,7 +13,7 @@ import torch
 from .configuration_nose_vit import NoseViTConfig
 from .context import RECORDS, RunContext
 from .files import locked, read_json, write_json, write_text
-from .plan import dense_model, planned_layers
+from .plan import check_teacher, dense_model, planned_layers
 from .profiling import count_macs, count_parameters
 from .report import load_line, summary_table
 from .schedules import scheduled_mask
@@ -51,6 +51,9 @@ def rerun_stage(settings: Settings, stage: str) -> RunContext:
     with locked(run.folder) if run.is_main else nullcontext():
         check_settings(run, STAGES[: STAGES.index(stage)])
         number = STAGES.index(stage)
+        if stage == "dilute" and settings.is_distilled:
+            # Refused while the old results are still there.
+            check_teacher(settings, run.load("dense").config, run.processor)
         if stage in TRAININGS:
             # From here on its checkpoints are those of the new training, which may be resumed.
             drop_results(run, STAGES[number:])
@@ -161,7 +164,7 @@ def dry_run(run: RunContext) -> None:
     settings = run.settings
     run.say(settings.to_yaml())
     classes = run.data.class_names if settings.model.endswith(("digits-vit", ".json")) else None
-    model, _ = dense_model(settings, classes)
+    model, processor = dense_model(settings, classes)
     layers, count = planned_layers(settings, model.config)
     candidates = model.vit.kept_attention_layers
     # Which layers go changes neither parameters nor MACs.
@@ -177,6 +180,11 @@ def dry_run(run: RunContext) -> None:
         run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
     if settings.is_trained:
         run.say(f"Schedule: {schedule_points(settings)}; compensation {'on' if settings.uses_compensation else 'off'}")
+    if settings.is_distilled:
+        check_teacher(settings, model.config, processor)
+        run.say(f"Distillation: {distillation_words(settings)}")
+    if settings.ema_decay is not None:
+        run.say(f"EMA: of weights, over some {1 / (1 - settings.ema_decay):.0f} steps")
     shape = (1, model.config.num_channels, *model.vit.embeddings.image_size)
     with torch.no_grad():
         logits = model.eval().to(run.device)(torch.zeros(shape, device=run.device)).logits
@@ -200,6 +208,21 @@ def schedule_points(settings: Settings) -> str:
     ]
     places = points if settings.steps else [f"{100 * point // steps} %" for point in points]
     return f"{settings.schedule}, M at step " + ", ".join(f"{p}: {v:.3f}" for p, v in zip(places, value, strict=True))
+
+
+def distillation_words(settings: Settings) -> str:
+    """What the student is to learn from whom."""
+    targets = []
+    if settings.distillation_weight:
+        targets.append(
+            f"logits at temperature {settings.distillation_temperature:g}, weight {settings.distillation_weight:g}"
+        )
+    if settings.distillation_blocks is not None:
+        what = settings.distillation_features.replace("_", " ")
+        targets.append(
+            f"{what} behind blocks {settings.distillation_blocks}, weight {settings.distillation_feature_weight:g}"
+        )
+    return f"teacher {settings.teacher or 'dense'}, " + "; ".join(targets)
 
 
 def folder_settings(folder: Path) -> Path:

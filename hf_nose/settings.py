@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .criteria import CRITERIA, SIGNS
+from .distillation import FEATURES, check_options
 from .modeling_nose_vit import MASK_GAINS
 from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
@@ -80,6 +81,20 @@ class Settings:
     )
     control: bool = option(False, "Train the dense model on for the same steps, to compare with.")
 
+    teacher: str | None = option(
+        None, "Teacher of that training: Hub id or folder; 'dense', the run's own, by default."
+    )
+    distillation_weight: float = option(0.0, "Share of the teacher's soft logits in the loss, beside the labels.")
+    distillation_temperature: float = option(2.0, "What logits are divided by for them.")
+    distillation_features: str = option(
+        "none", "Tokens whose features are to be the teacher's, too.", choices=tuple(FEATURES)
+    )
+    distillation_blocks: str | None = option(None, "Blocks behind which they are compared, from 0, such as 3,7,11.")
+    distillation_feature_weight: float = option(1.0, "Weight of that loss.")
+    distillation_control: bool = option(
+        False, "Distil the dense model trained on beside it, too; off, it shows what training without a teacher gives."
+    )
+
     batch_size: int = option(64, "Training images a step and process.")
     gradient_accumulation_steps: int = option(1, "Batches a step.")
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
@@ -87,6 +102,7 @@ class Settings:
     warmup: float = option(0.05, "Share of the steps that the learning rate rises for.")
     weight_decay: float = option(0.05, "Weight decay, but for biases, norms, class token, positions.")
     label_smoothing: float = option(0.1, "Label smoothing.")
+    ema_decay: float | None = option(None, "Average the weights, with this decay; the average is the result.")
     drop_path_rate: float = option(0.0, "Stochastic depth.")
     shift: int = option(0, "Training images are shifted by up to so many pixels.")
     flip: bool = option(False, "Training images are mirrored half of the time.")
@@ -112,6 +128,7 @@ class Settings:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
+        self.check_distillation()
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
         if not self.is_trained and self.feature_compensation:
@@ -127,6 +144,8 @@ class Settings:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if self.throughput_rounds < 2:
             raise ValueError(f"throughput_rounds must be at least 2, for quartiles, got {self.throughput_rounds}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be in (0, 1), got {self.ratio}.")
         if self.epochs is not None and (self.epochs <= 0 or self.steps):
@@ -137,6 +156,26 @@ class Settings:
             # Refused here, not after the dense training.
             decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
 
+    def check_distillation(self) -> None:
+        """Refuses, by name, a distillation that cannot be or would not happen."""
+        features = self.distillation_features
+        check_options(
+            self.distillation_weight, self.distillation_temperature, features, self.distillation_feature_weight
+        )
+        if (features == "none") != (self.distillation_blocks is None):
+            raise ValueError(
+                "distillation_features and distillation_blocks need each other, got "
+                f"{features!r} and {self.distillation_blocks!r}: say which tokens to compare, behind which blocks."
+            )
+        if self.is_distilled and not self.is_trained:
+            raise ValueError("distillation needs training: set steps or epochs.")
+        if self.distillation_control and not (self.control and self.is_distilled):
+            raise ValueError("distillation_control needs control, and a distillation_weight or distillation_features.")
+        if self.teacher is not None and not self.is_distilled:
+            raise ValueError(
+                f"teacher {self.teacher!r} has no part: set distillation_weight or distillation_features."
+            )
+
     @property
     def stage_list(self) -> list[str]:
         """The stages to run."""
@@ -146,6 +185,16 @@ class Settings:
     def is_trained(self) -> bool:
         """Whether the dilution trains."""
         return self.steps > 0 or self.epochs is not None
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the dilution has a teacher."""
+        return self.distillation_weight > 0 or self.distillation_features != "none"
+
+    @property
+    def has_own_teacher(self) -> bool:
+        """Whether the teacher is the run's own dense model."""
+        return self.teacher in (None, "dense")
 
     @property
     def uses_compensation(self) -> bool:
@@ -172,7 +221,7 @@ class Settings:
 
 OF_TRAINING = (
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
-    "shift flip bf16 gradient_checkpointing eval_steps"
+    "shift flip bf16 gradient_checkpointing eval_steps ema_decay"
 )
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
@@ -185,7 +234,11 @@ DEPENDS = {
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
         "beam_width mask sign target"
     ),
-    "dilute": (f"seed steps epochs schedule decay unit feature_compensation control {OF_TRAINING}"),
+    "dilute": (
+        "seed steps epochs schedule decay unit feature_compensation control teacher distillation_weight "
+        "distillation_temperature distillation_features distillation_blocks distillation_feature_weight "
+        f"distillation_control {OF_TRAINING}"
+    ),
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
 POSITIVE = (

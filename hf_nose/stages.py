@@ -9,12 +9,13 @@ from transformers import set_seed
 
 from .context import Progress, RunContext, public_name
 from .dilution import DilutionCallback
+from .distillation import Distiller
 from .entropy import layer_profile
 from .figures import draw_figures
 from .images import ImageBatches
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
-from .plan import dense_model, is_scratch, planned_layers
+from .plan import check_teacher, dense_model, distillation_blocks, is_scratch, load_teacher, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware
 from .report import write_report
 from .selection import Selection, random_sets, select_attention_layers
@@ -31,6 +32,8 @@ def prepare(run: RunContext) -> dict[str, Any]:
     if "select" in settings.stage_list:
         # Refused here, not after the dense training.
         planned_layers(settings, model.config)
+    if "dilute" in settings.stage_list and settings.is_distilled:
+        check_teacher(settings, model.config, processor)
     evaluation = run.images("evaluation", model.num_labels, processor)
     training = None
     if settings.dense_steps:
@@ -39,7 +42,9 @@ def prepare(run: RunContext) -> dict[str, Any]:
         args = training_arguments(
             settings, run.folder / "training" / "dense", settings.dense_steps, None, run.device.type == "cpu"
         )
-        training = fit(model, train, evaluation, args, run.augmentation(), resume=settings.resume)
+        training = fit(
+            model, train, evaluation, args, run.augmentation(), resume=settings.resume, ema_decay=settings.ema_decay
+        )
     run.save("dense", model, processor)
     assert run.data.train is not None
     return {
@@ -116,7 +121,12 @@ def select(run: RunContext) -> dict[str, Any]:
 
 
 def dilute(run: RunContext) -> dict[str, Any]:
-    """Trains while M falls to 0; beside it, where asked for, the dense model for the same steps."""
+    """
+    Trains while M falls to 0; beside it, where asked for, the dense model for the same steps.
+
+    Only the dilution is distilled, unless `distillation_control` gives the dense model beside it the same loss: off,
+    the control is ordinary training, the alternative that people have; on, nothing but the removal tells the two apart.
+    """
     settings, layers = run.settings, run.read("select")["layers"]
     model = run.load("dense")
     model.dilute(layers, feature_compensation=settings.uses_compensation)
@@ -130,20 +140,33 @@ def dilute(run: RunContext) -> dict[str, Any]:
         "seconds": 0.0,
         "log": [],
         "control": None,
+        "distillation": None,
+        "ema_decay": settings.ema_decay if settings.is_trained else None,
     }
     if settings.is_trained:
         train, evaluation = (run.images(split, model.num_labels) for split in ("train", "evaluation"))
         callback = DilutionCallback(settings.schedule, settings.decay, settings.unit)
-        arms: list[tuple[str, NoseViTForImageClassification, list]] = [("dilution", model, [callback])]
+        distiller, record["distillation"] = teach(run, model) if settings.is_distilled else (None, None)
+        arms: list[tuple] = [("dilution", model, [callback], distiller)]
         if settings.control:
-            arms.append(("dense_control", run.load("dense"), []))
-        for name, arm, callbacks in arms:
+            arms.append(("dense_control", run.load("dense"), [], distiller if settings.distillation_control else None))
+        for name, arm, callbacks, teacher in arms:
             run.say(f"Training: {name.replace('_', ' ')}")
             set_seed(settings.seed)
             args = training_arguments(
                 settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
             )
-            training = fit(arm, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            training = fit(
+                arm,
+                train,
+                evaluation,
+                args,
+                run.augmentation(),
+                callbacks,
+                resume=settings.resume,
+                distiller=teacher,
+                ema_decay=settings.ema_decay,
+            )
             if name == "dilution":
                 record.update(training)
             else:
@@ -152,6 +175,22 @@ def dilute(run: RunContext) -> dict[str, Any]:
     model.set_mask(0.0)
     run.save("diluted", model)
     return record
+
+
+def teach(run: RunContext, student: NoseViTForImageClassification) -> tuple[Distiller, dict[str, Any]]:
+    """The distiller of the settings, and its record."""
+    settings = run.settings
+    check_teacher(settings, student.config, run.processor)
+    distiller = Distiller(
+        run.load("dense") if settings.has_own_teacher else load_teacher(settings),
+        settings.distillation_weight,
+        settings.distillation_temperature,
+        settings.distillation_features,
+        distillation_blocks(settings),
+        settings.distillation_feature_weight,
+    )
+    name = "dense" if settings.has_own_teacher else public_name(str(settings.teacher), None) or "a local folder"
+    return distiller, {"teacher": name, **distiller.to_record(), "control": settings.distillation_control}
 
 
 def fold_stage(run: RunContext) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class NoseTrainer(Trainer):
     - `augmentation`, called with (pixel_values, step, micro_step, rank), is applied inside the training step, where
       its draws repeat after a resume.
     - `distiller` adds its loss to that of the labels, in training alone: an evaluation's loss is that of the labels.
-    - `ema` averages the weights: evaluations in training are of the weights (`eval_...`) and of the average
-      (`eval_ema_...`), checkpoints hold both, and when training has ended the model holds the average.
+    - `ema` averages the weights: both are evaluated (`eval_...`, `eval_ema_...`) and saved, and when training has
+      ended the model holds the average.
     - M stands in every log line and in `state.log_history`.
     - A checkpoint appears whole or not at all, with the hashes of its files.
     - A loss or weight that is not finite stops training; the last good checkpoint stays.
