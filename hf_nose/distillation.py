@@ -1,7 +1,7 @@
 """Distillation: a teacher's soft logits, and what flows through chosen blocks of it, as a second target."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,18 @@ class Distiller:
         return {name: value for name, value in vars(self).items() if name != "teacher"}
 
 
+def describe(options: Mapping[str, Any]) -> str:
+    """A distiller's options in words."""
+    parts = []
+    if options["weight"]:
+        parts.append(f"logits at temperature {options['temperature']:g}, weight {options['weight']:g}")
+    if options["blocks"]:
+        tokens = " and ".join(kind.replace("_", " ") for kind in FEATURES[options["features"]])
+        blocks = ", ".join(map(str, options["blocks"]))
+        parts.append(f"{tokens} behind blocks {blocks}, weight {options['feature_weight']:g}")
+    return "; ".join(parts)
+
+
 def soft_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     """`temperature^2 * KL(teacher || student)` in nats of logits (batch, classes), of shape (batch,)."""
     learned, given = (F.log_softmax(at_least_float32(logits) / temperature, dim=-1) for logits in (student, teacher))
@@ -158,7 +170,7 @@ def check_blocks(features: str, blocks: Sequence[int], config: NoseViTConfig) ->
 
 def check_pair(teacher: NoseViTConfig, student: NoseViTConfig, features: str) -> None:
     """`ValueError` where teacher and student differ in what makes their outputs comparable."""
-    names = [list(config.id2label.values()) for config in (teacher, student)]
+    names = [list((config.id2label or {}).values()) for config in (teacher, student)]
     if len(names[0]) != len(names[1]):
         raise ValueError(
             f"teacher and student must have the same classes: the teacher has {len(names[0])}, the student "

@@ -81,10 +81,11 @@ def new_head(
 
 def check_teacher(settings: Settings, config: NoseViTConfig, processor: PilBackend) -> None:
     """`ValueError` where the settings' teacher cannot teach a model of `config` on images from `processor`."""
-    check_blocks(settings.distillation_features, distillation_blocks(settings), config)
+    options = distillation_options(settings)
+    check_blocks(options["features"], options["blocks"], config)
     if settings.has_own_teacher:
         return
-    teacher = AutoConfig.from_pretrained(settings.teacher)
+    teacher = AutoConfig.from_pretrained(str(settings.teacher))
     if teacher.model_type not in ("vit", "nose_vit"):
         raise ValueError(f"teacher {settings.teacher}: {unsupported(teacher.model_type)}")
     check_pair(NoseViTConfig.from_vit(teacher), config, settings.distillation_features)
@@ -93,8 +94,8 @@ def check_teacher(settings: Settings, config: NoseViTConfig, processor: PilBacke
         values = [getattr(each, name) for each in (expected, processor)]
         if values[0] != values[1]:
             raise ValueError(
-                f"teacher {settings.teacher} expects pixels with {name} {values[0]}, the model is fed {values[1]}, and "
-                "both see the same. Train the teacher on such images, or start from a model with its processor."
+                f"teacher {settings.teacher} expects pixels with {name} {values[0]}, but would see the model's, with "
+                f"{values[1]}. Train the teacher on such images, or start from a model with its processor."
             )
 
 
@@ -106,10 +107,16 @@ def load_teacher(settings: Settings) -> NoseViTForImageClassification:
         raise ValueError(f"The weights of {settings.teacher} are corrupt or truncated: {error}.") from error
 
 
-def distillation_blocks(settings: Settings) -> list[int]:
-    """The blocks whose features are compared."""
+def distillation_options(settings: Settings) -> dict[str, Any]:
+    """The options of the [`Distiller`] that the settings ask for."""
     blocks = settings.distillation_blocks
-    return [] if blocks is None else parse_layers(blocks, "distillation_blocks")
+    return {
+        "weight": settings.distillation_weight,
+        "temperature": settings.distillation_temperature,
+        "features": settings.distillation_features,
+        "blocks": [] if blocks is None else parse_layers(blocks, "distillation_blocks"),
+        "feature_weight": settings.distillation_feature_weight,
+    }
 
 
 def parse_layers(text: str, name: str = "layers") -> list[int]:

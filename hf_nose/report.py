@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from hf_nose.distillation import describe
 from hf_nose.figures import MODEL_NAMES, RECORDS, Records, read_records
 from hf_nose.files import write_text
 
@@ -241,22 +242,14 @@ def _targets(dilution: dict[str, Any]) -> list[str]:
     lines, taught, decay = [], dilution.get("distillation"), dilution.get("ema_decay")
     if taught is not None:
         teacher = "the dense model" if taught["teacher"] == "dense" else escape(public_name(taught["teacher"], None))
-        logits = f"its logits at temperature {taught['temperature']:g}, weight {taught['weight']:g}"
-        kinds = {"class_token": "class token", "patches": "patch tokens", "both": "class token and patch tokens"}
-        features = (
-            f"{kinds[taught['features']]} behind blocks {_layers(taught['blocks'])}, weight "
-            f"{taught['feature_weight']:g}"
-            if taught["blocks"]
-            else None
-        )
-        targets = " and ".join(filter(None, (logits if taught["weight"] else None, features)))
         control = "" if dilution["control"] is None else f"; the dense control {'too' if taught['control'] else 'not'}"
-        lines.append(f"- Distilled from {teacher}: {targets}{control}.")
+        lines.append(f"- Distilled from {teacher}: {describe(taught)}{control}.")
     if decay is not None:
         last = {key: line[key] for line in dilution["log"] for key in ("eval_top1", "eval_ema_top1") if key in line}
+        average, weights = (_percent(last[key]) for key in ("eval_ema_top1", "eval_top1"))
         lines.append(
-            f"- The result is the moving average of the weights, decay {decay:g}: top-1 {_percent(last['eval_ema_top1'])} "
-            f"% at the end of training, against {_percent(last['eval_top1'])} % of the last weights."
+            f"- The result is the moving average of the weights, decay {decay:g}: at the end of training top-1 "
+            f"{average} %, against {weights} % of the last weights."
         )
     return lines
 

@@ -12,8 +12,9 @@ import torch
 
 from .configuration_nose_vit import NoseViTConfig
 from .context import RECORDS, RunContext
+from .distillation import describe
 from .files import locked, read_json, write_json, write_text
-from .plan import check_teacher, dense_model, planned_layers
+from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import count_macs, count_parameters
 from .report import load_line, summary_table
 from .schedules import scheduled_mask
@@ -182,7 +183,7 @@ def dry_run(run: RunContext) -> None:
         run.say(f"Schedule: {schedule_points(settings)}; compensation {'on' if settings.uses_compensation else 'off'}")
     if settings.is_distilled:
         check_teacher(settings, model.config, processor)
-        run.say(f"Distillation: {distillation_words(settings)}")
+        run.say(f"Distillation: from {settings.teacher or 'dense'}, {describe(distillation_options(settings))}")
     if settings.ema_decay is not None:
         run.say(f"EMA: of weights, over some {1 / (1 - settings.ema_decay):.0f} steps")
     shape = (1, model.config.num_channels, *model.vit.embeddings.image_size)
@@ -208,21 +209,6 @@ def schedule_points(settings: Settings) -> str:
     ]
     places = points if settings.steps else [f"{100 * point // steps} %" for point in points]
     return f"{settings.schedule}, M at step " + ", ".join(f"{p}: {v:.3f}" for p, v in zip(places, value, strict=True))
-
-
-def distillation_words(settings: Settings) -> str:
-    """What the student is to learn from whom."""
-    targets = []
-    if settings.distillation_weight:
-        targets.append(
-            f"logits at temperature {settings.distillation_temperature:g}, weight {settings.distillation_weight:g}"
-        )
-    if settings.distillation_blocks is not None:
-        what = settings.distillation_features.replace("_", " ")
-        targets.append(
-            f"{what} behind blocks {settings.distillation_blocks}, weight {settings.distillation_feature_weight:g}"
-        )
-    return f"teacher {settings.teacher or 'dense'}, " + "; ".join(targets)
 
 
 def folder_settings(folder: Path) -> Path:

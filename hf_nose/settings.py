@@ -120,6 +120,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         self.check_numbers()
+        self.check_lengths()
         given = [name for name in ("num_removed", "ratio", "layers") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"Give one of num_removed, ratio and layers, got {' and '.join(given)}.")
@@ -144,10 +145,12 @@ class Settings:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if self.throughput_rounds < 2:
             raise ValueError(f"throughput_rounds must be at least 2, for quartiles, got {self.throughput_rounds}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must be in (0, 1), got {self.ratio}.")
+        for name in ("ratio", "ema_decay"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}.")
+
+    def check_lengths(self) -> None:
+        """Refuses, by name, a training or a decay without a length."""
         if self.epochs is not None and (self.epochs <= 0 or self.steps):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
         if self.unit == "epoch" and self.steps:

@@ -15,7 +15,7 @@ from .figures import draw_figures
 from .images import ImageBatches
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
-from .plan import check_teacher, dense_model, distillation_blocks, is_scratch, load_teacher, planned_layers
+from .plan import check_teacher, dense_model, distillation_options, is_scratch, load_teacher, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware
 from .report import write_report
 from .selection import Selection, random_sets, select_attention_layers
@@ -124,8 +124,8 @@ def dilute(run: RunContext) -> dict[str, Any]:
     """
     Trains while M falls to 0; beside it, where asked for, the dense model for the same steps.
 
-    Only the dilution is distilled, unless `distillation_control` gives the dense model beside it the same loss: off,
-    the control is ordinary training, the alternative that people have; on, nothing but the removal tells the two apart.
+    Only the dilution is distilled, unless `distillation_control` gives the dense model beside it the same loss. Off,
+    the control is ordinary training, the alternative that people have; on, only the removal tells the two apart.
     """
     settings, layers = run.settings, run.read("select")["layers"]
     model = run.load("dense")
@@ -181,14 +181,8 @@ def teach(run: RunContext, student: NoseViTForImageClassification) -> tuple[Dist
     """The distiller of the settings, and its record."""
     settings = run.settings
     check_teacher(settings, student.config, run.processor)
-    distiller = Distiller(
-        run.load("dense") if settings.has_own_teacher else load_teacher(settings),
-        settings.distillation_weight,
-        settings.distillation_temperature,
-        settings.distillation_features,
-        distillation_blocks(settings),
-        settings.distillation_feature_weight,
-    )
+    teacher = run.load("dense") if settings.has_own_teacher else load_teacher(settings)
+    distiller = Distiller(teacher, **distillation_options(settings))
     name = "dense" if settings.has_own_teacher else public_name(str(settings.teacher), None) or "a local folder"
     return distiller, {"teacher": name, **distiller.to_record(), "control": settings.distillation_control}
 

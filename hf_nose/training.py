@@ -45,8 +45,8 @@ class NoseTrainer(Trainer):
 
     Raises:
         `ValueError`: for `load_best_model_at_end` with diluted layers: it would pick an early checkpoint with M > 0.
-            With `ema`: it would take the place of the average. For `ema` under FSDP, whose ranks hold shards. For a
-            distiller whose teacher does not fit the model, or with several GPUs in one process.
+            With `ema`, for it as well, and for FSDP, whose ranks hold shards. For a distiller whose teacher does not
+            fit the model, or with several GPUs in one process.
         `LaunchError`: where fewer processes run than were asked for.
     """
 
@@ -83,11 +83,9 @@ class NoseTrainer(Trainer):
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("preprocess_logits_for_metrics", top5_ids)
         super().__init__(model=model, args=args, **kwargs)
-        self.augmentation = augmentation
-        self.distiller = distiller
+        self.augmentation, self.distiller, self.ema = augmentation, distiller, ema
         if distiller is not None:
             distiller.teacher.to(args.device)
-        self.ema = ema
         if ema is not None:
             if args.load_best_model_at_end or self.is_fsdp_enabled:
                 raise ValueError("ema needs load_best_model_at_end and FSDP off: it is the result, and kept whole.")
