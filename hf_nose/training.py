@@ -137,7 +137,8 @@ class NoseTrainer(Trainer):
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super()._evaluate(*args, **kwargs)
         if self.ema is not None:
-            with self.ema.applied(cast(nn.Module, self.model)):
+            # A loader draws a seed: the second evaluation must not change what training draws next.
+            with torch.random.fork_rng(devices=[]), self.ema.applied(cast(nn.Module, self.model)):
                 metrics |= self.evaluate(metric_key_prefix="eval_ema")
         return metrics
 
