@@ -185,7 +185,7 @@ def dry_run(run: RunContext) -> None:
         check_teacher(settings, model.config, processor)
         run.say(f"Distillation: from {settings.teacher or 'dense'}, {describe(distillation_options(settings))}")
     if settings.ema_decay is not None:
-        run.say(f"EMA: of weights, over some {1 / (1 - settings.ema_decay):.0f} steps")
+        run.say(f"EMA: of the weights, over some {1 / (1 - settings.ema_decay):.0f} steps")
     shape = (1, model.config.num_channels, *model.vit.embeddings.image_size)
     with torch.no_grad():
         logits = model.eval().to(run.device)(torch.zeros(shape, device=run.device)).logits

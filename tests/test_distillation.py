@@ -42,9 +42,7 @@ def trainer(folder, student, distiller, **settings):
 # --- the losses ------------------------------------------------------------------------------------------------------
 
 
-@given(
-    seed=st.integers(0, 99), temperature=st.floats(0.25, 16), classes=st.integers(2, 7), scale=st.floats(1e-3, 30)
-)
+@given(seed=st.integers(0, 99), temperature=st.floats(0.25, 16), classes=st.integers(2, 7), scale=st.floats(1e-3, 30))
 def test_soft_logits_are_hintons(seed, temperature, classes, scale):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = scale * torch.randn(2, 5, classes, generator=generator, dtype=torch.float64)
@@ -64,7 +62,9 @@ def test_the_square_of_the_temperature_keeps_the_gradient():
     student.requires_grad_()
     soft_logit_loss(student, teacher, 1e4).sum().backward()
     difference = student.detach() - teacher
-    torch.testing.assert_close(student.grad, (difference - difference.mean(-1, keepdim=True)) / 5, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        student.grad, (difference - difference.mean(-1, keepdim=True)) / 5, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_features_have_no_unit():
@@ -303,7 +303,9 @@ def test_only_the_training_loss_is_distilled(tmp_path):
     run = trainer(tmp_path, student, distiller)
     images = Images(6)
     with torch.no_grad():
-        expected = F.cross_entropy(student(images.pixel_values).logits, torch.tensor(images.labels), label_smoothing=0.1)
+        expected = F.cross_entropy(
+            student(images.pixel_values).logits, torch.tensor(images.labels), label_smoothing=0.1
+        )
     assert run.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -438,7 +440,10 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         ({"feature_weight": -1.0}, "distillation_feature_weight must be positive, got -1.0"),
         ({"features": "all"}, "distillation_features must be one of .*'class_token', 'patches', 'both'.*, got 'all'"),
         ({"weight": 0.0}, "Nothing to distil: distillation_weight is 0 and distillation_features is 'none'"),
-        ({"features": "patches"}, r"distillation_blocks must be distinct blocks in \[0, 3\], at least one .* got \[\]"),
+        (
+            {"features": "patches"},
+            r"distillation_blocks must be distinct blocks in \[0, 3\], at least one .* got \[\]",
+        ),
         ({"features": "both", "blocks": [4]}, r"distinct blocks in \[0, 3\].*, got \[4\]"),
         ({"features": "both", "blocks": [-1]}, r"distinct blocks in \[0, 3\].*, got \[-1\]"),
         ({"features": "both", "blocks": [1, 1]}, r"distinct blocks in \[0, 3\].*, got \[1, 1\]"),

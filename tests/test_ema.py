@@ -58,7 +58,9 @@ def by_hand(seen, names, decay=DECAY):
 
 
 def accuracies(log):
-    return [(line["step"], name, line[name]) for line in log for name in ("eval_top1", "eval_ema_top1") if name in line]
+    return [
+        (line["step"], name, line[name]) for line in log for name in ("eval_top1", "eval_ema_top1") if name in line
+    ]
 
 
 # --- what is averaged ------------------------------------------------------------------------------------------------
