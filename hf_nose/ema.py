@@ -107,8 +107,8 @@ class ExponentialMovingAverage(TrainerCallback):
                 "train anew."
             )
         saved = load_file(file)
-        shapes = ({name: tensor.shape for name, tensor in tensors.items()} for tensors in (self.average, saved))
-        if next(shapes) != next(shapes):
+        own, given = ({name: tensor.shape for name, tensor in each.items()} for each in (self.average, saved))
+        if own != given:
             raise ValueError(f"{EMA_FILE} of {file.parent.name} is of other weights than those being trained.")
         for name, tensor in saved.items():
             self.average[name].copy_(tensor)

@@ -145,6 +145,15 @@ def test_every_feature_teaches_what_is_below_it(checkpointing):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_no_gradient_goes_through_the_teacher():
+    student, distiller = model(), Distiller(model(seed=1), **EVERYTHING)
+    pixel_values = Images(6).pixel_values
+    output = student(pixel_values, **distiller.forward_options)
+    asking = pixel_values.clone().requires_grad_()
+    distiller(nose_vit(student), output, asking).sum().backward()
+    assert asking.grad is None
+
+
 # --- a teacher equal to the student ----------------------------------------------------------------------------------
 
 
