@@ -7,9 +7,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import ViTConfig
+from transformers import AutoConfig, ViTConfig
+from transformers.image_processing_backends import PilBackend
 
 from .configuration_nose_vit import NoseViTConfig
+from .conversion_nose_vit import unsupported
+from .distillation import check_blocks, check_pair
 from .images import digits_processor, load_processor
 from .loading import load_classifier
 from .modeling_nose_vit import NoseViTForImageClassification
@@ -78,12 +81,49 @@ def name_classes(config: NoseViTConfig, class_names: list[str]) -> None:
     config.label2id = {name: index for index, name in enumerate(class_names)}
 
 
-def parse_layers(text: str) -> list[int]:
-    """`"0,1,3"` as a list; `ValueError` for anything else."""
+def check_teacher(settings: Settings, config: NoseViTConfig, processor: PilBackend) -> None:
+    """`ValueError` where the settings' teacher cannot teach a model of `config` on images from `processor`."""
+    options = distillation_options(settings)
+    check_blocks(options["features"], options["blocks"], config)
+    if settings.has_own_teacher:
+        return
+    teacher = AutoConfig.from_pretrained(str(settings.teacher))
+    if teacher.model_type not in ("vit", "nose_vit"):
+        raise ValueError(f"teacher {settings.teacher}: {unsupported(teacher.model_type)}")
+    check_pair(NoseViTConfig.from_vit(teacher), config, settings.distillation_features)
+    expected = load_processor(str(settings.teacher))
+    for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"):
+        values = [getattr(each, name) for each in (expected, processor)]
+        if values[0] != values[1]:
+            raise ValueError(
+                f"teacher {settings.teacher} expects pixels with {name} {values[0]}, but would see the model's, with "
+                f"{values[1]}. Train the teacher on such images, or start from a model with its processor."
+            )
+
+
+def load_teacher(settings: Settings) -> NoseViTForImageClassification:
+    """The settings' own teacher."""
+    return load_classifier(str(settings.teacher))
+
+
+def distillation_options(settings: Settings) -> dict[str, Any]:
+    """The options of the [`Distiller`] that the settings ask for."""
+    blocks = settings.distillation_blocks
+    return {
+        "weight": settings.distillation_weight,
+        "temperature": settings.distillation_temperature,
+        "features": settings.distillation_features,
+        "blocks": [] if blocks is None else parse_layers(blocks, "distillation_blocks"),
+        "feature_weight": settings.distillation_feature_weight,
+    }
+
+
+def parse_layers(text: str, name: str = "layers") -> list[int]:
+    """`"0,1,3"` as a list; `ValueError` naming the setting for anything else."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"layers must be indices such as 0,1,3,4,6, got {text!r}.") from error
+        raise ValueError(f"{name} must be indices such as 0,1,3,4,6, got {text!r}.") from error
 
 
 def planned_layers(settings: Settings, config: NoseViTConfig) -> tuple[list[int] | None, int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .distillation import describe
 from .figures import MODEL_NAMES
 from .files import write_text
 from .records import STAGE_RECORDS, Records, public_name, read_records
@@ -213,6 +214,7 @@ def _training(records: Records) -> list[str]:
             f"- Dilution: {escape(dilution['schedule'])} schedule, {compensation} feature compensation, "
             f"{dilution['steps']} steps, {dilution['seconds']:.1f} s."
         )
+        lines += _targets(dilution)
         if dilution["control"] is not None:
             control = dilution["control"]
             lines.append(f"- Dense model trained on beside it: {control['steps']} steps, {control['seconds']:.1f} s.")
@@ -222,6 +224,23 @@ def _training(records: Records) -> list[str]:
         lines.append(
             f"- Logits before and after the fold, {fold['num_images']} images: {equal}, greatest difference "
             f"{fold['max_abs_logit_difference']:.3g}."
+        )
+    return lines
+
+
+def _targets(dilution: dict[str, Any]) -> list[str]:
+    """A line on the teacher and one on the moving average, where there was one; older records name neither."""
+    lines, taught, decay = [], dilution.get("distillation"), dilution.get("ema_decay")
+    if taught is not None:
+        teacher = "the dense model" if taught["teacher"] == "dense" else escape(public_name(taught["teacher"], None))
+        control = "" if dilution["control"] is None else f"; the dense control {'too' if taught['control'] else 'not'}"
+        lines.append(f"- Distilled from {teacher}: {describe(taught)}{control}.")
+    if decay is not None:
+        last = {key: line[key] for line in dilution["log"] for key in ("eval_top1", "eval_ema_top1") if key in line}
+        average, weights = (_percent(last[key]) for key in ("eval_ema_top1", "eval_top1"))
+        lines.append(
+            f"- The result is the moving average of the weights, decay {decay:g}: at the end of training top-1 "
+            f"{average} %, against {weights} % of the last weights."
         )
     return lines
 

@@ -13,8 +13,9 @@ import torch
 
 from .configuration_nose_vit import NoseViTConfig
 from .context import Job, RunContext
+from .distillation import describe
 from .files import locked, read_json, write_json, write_text
-from .plan import dense_model, planned_layers
+from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import count_macs, count_parameters
 from .records import RECORDS
 from .report import load_lines, summary_table
@@ -60,6 +61,9 @@ def rerun_stage(settings: Settings, stage: str) -> RunContext:
     with locked(run.folder) if run.is_main else nullcontext():
         check_settings(run, STAGES[: STAGES.index(stage)])
         number = STAGES.index(stage)
+        if stage == "dilute" and settings.is_distilled:
+            # Refused while the old results are still there.
+            check_teacher(settings, run.load("dense").config, run.processor)
         if stage in TRAININGS:
             # From here on its checkpoints are those of the new training, which may be resumed.
             drop_results(run, STAGES[number:])
@@ -181,7 +185,7 @@ def dry_run(run: RunContext) -> None:
     settings = run.settings
     run.say(settings.to_yaml())
     run.say(f"Stages: {', '.join(stage for stage in STAGES if stage in settings.stage_list)}; folder: {run.folder}")
-    model, _ = dense_model(settings, run.data.class_names)
+    model, processor = dense_model(settings, run.data.class_names)
     layers, count = planned_layers(settings, model.config)
     candidates = model.vit.kept_attention_layers
     # Which layers go changes neither parameters nor MACs.
@@ -197,6 +201,11 @@ def dry_run(run: RunContext) -> None:
         run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
     if settings.is_trained:
         run.say(f"Schedule: {schedule_points(run)}; compensation {'on' if settings.uses_compensation else 'off'}")
+    if settings.is_distilled:
+        check_teacher(settings, model.config, processor)
+        run.say(f"Distillation: from {settings.teacher or 'dense'}, {describe(distillation_options(settings))}")
+    if settings.ema_decay is not None:
+        run.say(f"EMA: of the weights, over some {1 / (1 - settings.ema_decay):.0f} steps")
     shape = (1, model.config.num_channels, *model.vit.embeddings.image_size)
     with torch.no_grad():
         logits = model.eval().to(run.device)(torch.zeros(shape, device=run.device)).logits

@@ -13,6 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .criteria import CRITERIA, SIGNS
+from .distillation import FEATURES, check_options
 from .modeling_nose_vit import MASK_GAINS
 from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
@@ -84,6 +85,20 @@ class RemovalOptions(JobOptions):
     )
     control: bool = option(False, "Train the dense model on for the same steps, to compare with.")
 
+    teacher: str | None = option(
+        None, "Teacher of that training: Hub id or folder; 'dense', the run's own, by default."
+    )
+    distillation_weight: float = option(0.0, "Share of the teacher's soft logits in the loss, beside the labels.")
+    distillation_temperature: float = option(2.0, "What logits are divided by for them.")
+    distillation_features: str = option(
+        "none", "Tokens whose features are to be the teacher's, too.", choices=tuple(FEATURES)
+    )
+    distillation_blocks: str | None = option(None, "Blocks behind which they are compared, from 0, such as 3,7,11.")
+    distillation_feature_weight: float = option(1.0, "Weight of that loss.")
+    distillation_control: bool = option(
+        False, "Distil the dense model trained on beside it, too; off, it shows what training without a teacher gives."
+    )
+
 
 @dataclass
 class TrainingOptions(JobOptions):
@@ -100,6 +115,7 @@ class TrainingOptions(JobOptions):
     warmup: float = option(0.05, "Share of the steps that the learning rate rises for.")
     weight_decay: float = option(0.05, "Weight decay, but for biases, norms, class token, positions.")
     label_smoothing: float = option(0.1, "Label smoothing.")
+    ema_decay: float | None = option(None, "Average the weights, with this decay; the average is the result.")
     drop_path_rate: float = option(0.0, "Stochastic depth.")
     shift: int = option(0, "Training images are shifted by up to so many pixels.")
     flip: bool = option(False, "Training images are mirrored half of the time.")
@@ -130,6 +146,8 @@ class TrainingOptions(JobOptions):
                     raise ValueError(f"{name} must be {'at least 1' if least else '0 or more'}, got {value}.")
         if self.epochs is not None and (self.epochs <= 0 or self.steps):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
         if not set(self.lora_target_list) <= set(LORA_TARGETS):
@@ -179,6 +197,7 @@ class Settings(TrainingOptions, RemovalOptions):
         unknown = sorted(set(self.stage_list) - set(STAGES))
         if unknown or not self.stage_list:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
+        self.check_distillation()
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
         if not self.is_trained and self.feature_compensation:
@@ -197,10 +216,40 @@ class Settings(TrainingOptions, RemovalOptions):
             # Refused here, not after the dense training.
             decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
 
+    def check_distillation(self) -> None:
+        """Refuses, by name, a distillation that cannot be or would not happen."""
+        features = self.distillation_features
+        check_options(
+            self.distillation_weight, self.distillation_temperature, features, self.distillation_feature_weight
+        )
+        if (features == "none") != (self.distillation_blocks is None):
+            raise ValueError(
+                "distillation_features and distillation_blocks need each other, got "
+                f"{features!r} and {self.distillation_blocks!r}: say which tokens to compare, behind which blocks."
+            )
+        if self.is_distilled and not self.is_trained:
+            raise ValueError("distillation needs training: set steps or epochs.")
+        if self.distillation_control and not (self.control and self.is_distilled):
+            raise ValueError("distillation_control needs control, and a distillation_weight or distillation_features.")
+        if self.teacher is not None and not self.is_distilled:
+            raise ValueError(
+                f"teacher {self.teacher!r} has no part: set distillation_weight or distillation_features."
+            )
+
     @property
     def stage_list(self) -> list[str]:
         """The stages to run."""
         return [name.strip() for name in self.stages.split(",") if name.strip()]
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the dilution has a teacher."""
+        return self.distillation_weight > 0 or self.distillation_features != "none"
+
+    @property
+    def has_own_teacher(self) -> bool:
+        """Whether the teacher is the run's own dense model."""
+        return self.teacher in (None, "dense")
 
     @property
     def uses_compensation(self) -> bool:
@@ -218,7 +267,7 @@ class Settings(TrainingOptions, RemovalOptions):
 
 OF_TRAINING = (
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
-    "shift flip bf16 gradient_checkpointing eval_steps"
+    "shift flip bf16 gradient_checkpointing eval_steps ema_decay"
 )
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
@@ -232,8 +281,9 @@ DEPENDS = {
         "beam_width num_draws mask sign target"
     ),
     "dilute": (
-        "seed steps epochs schedule decay unit feature_compensation control "
-        f"lora_rank lora_alpha lora_dropout lora_targets {OF_TRAINING}"
+        "seed steps epochs schedule decay unit feature_compensation control teacher distillation_weight "
+        "distillation_temperature distillation_features distillation_blocks distillation_feature_weight "
+        f"distillation_control lora_rank lora_alpha lora_dropout lora_targets {OF_TRAINING}"
     ),
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }

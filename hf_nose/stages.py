@@ -9,13 +9,14 @@ from transformers import set_seed
 
 from .context import Job, Progress, RunContext
 from .dilution import DilutionCallback
+from .distillation import Distiller
 from .entropy import layer_profile
 from .figures import draw_figures
 from .images import ImageBatches
 from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
-from .plan import dense_model, planned_layers
+from .plan import check_teacher, dense_model, distillation_options, load_teacher, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware, trainable_line
 from .records import EMBEDDED, public_id
 from .report import write_report
@@ -33,6 +34,8 @@ def prepare(run: RunContext) -> dict[str, Any]:
     if "select" in settings.stage_list:
         # Refused here, not after the dense training.
         planned_layers(settings, model.config)
+    if "dilute" in settings.stage_list and settings.is_distilled:
+        check_teacher(settings, model.config, processor)
     evaluation = run.images("evaluation", model.num_labels, processor)
     training = None
     if settings.dense_steps:
@@ -41,7 +44,9 @@ def prepare(run: RunContext) -> dict[str, Any]:
         args = training_arguments(
             settings, run.folder / "training" / "dense", settings.dense_steps, None, run.device.type == "cpu"
         )
-        training = fit(model, train, evaluation, args, run.augmentation(), resume=settings.resume)
+        training = fit(
+            model, train, evaluation, args, run.augmentation(), resume=settings.resume, ema_decay=settings.ema_decay
+        )
     run.save("dense", model, processor)
     return {**start_record(run, model), "dense_training": training}
 
@@ -125,7 +130,12 @@ def select(run: RunContext) -> dict[str, Any]:
 
 
 def dilute(run: RunContext) -> dict[str, Any]:
-    """Trains while M falls to 0; beside it, where asked for, the dense model for the same steps."""
+    """
+    Trains while M falls to 0; beside it, where asked for, the dense model for the same steps.
+
+    Only the dilution is distilled, unless `distillation_control` gives the dense model beside it the same loss. Off,
+    the control is ordinary training, the alternative that people have; on, only the removal tells the two apart.
+    """
     settings, layers = run.settings, run.read("select")["layers"]
     model = run.load("dense")
     model.dilute(layers, feature_compensation=settings.uses_compensation)
@@ -139,14 +149,17 @@ def dilute(run: RunContext) -> dict[str, Any]:
         "seconds": 0.0,
         "log": [],
         "control": None,
+        "distillation": None,
+        "ema_decay": settings.ema_decay if settings.is_trained else None,
     }
     if settings.is_trained:
         train, evaluation = (run.images(split, model.num_labels) for split in ("train", "evaluation"))
         callback = DilutionCallback(settings.schedule, settings.decay, settings.unit)
-        arms: list[tuple[str, NoseViTForImageClassification, list]] = [("dilution", model, [callback])]
+        distiller, record["distillation"] = teach(run, model) if settings.is_distilled else (None, None)
+        arms: list[tuple] = [("dilution", model, [callback], distiller)]
         if settings.control:
-            arms.append(("dense_control", run.load("dense"), []))
-        for name, arm, callbacks in arms:
+            arms.append(("dense_control", run.load("dense"), [], distiller if settings.distillation_control else None))
+        for name, arm, callbacks, teacher in arms:
             run.say(f"Training: {name.replace('_', ' ')}")
             set_seed(settings.seed)
             trained = lora_of(arm, settings) if settings.lora_rank else arm
@@ -154,7 +167,17 @@ def dilute(run: RunContext) -> dict[str, Any]:
             args = training_arguments(
                 settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
             )
-            training = fit(trained, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            training = fit(
+                trained,
+                train,
+                evaluation,
+                args,
+                run.augmentation(),
+                callbacks,
+                resume=settings.resume,
+                distiller=teacher,
+                ema_decay=settings.ema_decay,
+            )
             training["trainable_parameters"] = count_parameters(trained, only_trainable=True)
             if isinstance(trained, NosePeftModel):
                 merge_lora(trained)
@@ -166,6 +189,16 @@ def dilute(run: RunContext) -> dict[str, Any]:
     model.set_mask(0.0)
     run.save("diluted", model)
     return record
+
+
+def teach(run: RunContext, student: NoseViTForImageClassification) -> tuple[Distiller, dict[str, Any]]:
+    """The distiller of the settings, and its record."""
+    settings = run.settings
+    check_teacher(settings, student.config, run.processor)
+    teacher = run.load("dense") if settings.has_own_teacher else load_teacher(settings)
+    distiller = Distiller(teacher, **distillation_options(settings))
+    name = "dense" if settings.has_own_teacher else public_id(str(settings.teacher)) or "a local folder"
+    return distiller, {"teacher": name, **distiller.to_record(), "control": settings.distillation_control}
 
 
 def fold_stage(run: RunContext) -> dict[str, Any]:

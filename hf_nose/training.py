@@ -16,6 +16,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .augmentation import BatchAugmentation
 from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
+from .distillation import Distiller
+from .ema import ExponentialMovingAverage
 from .images import ImageDataset
 from .launch import check_launch
 from .manifests import manifest_error
@@ -33,6 +35,9 @@ class NoseTrainer(Trainer):
 
     - `augmentation`, called with (pixel_values, step, micro_step, rank), is applied inside the training step, where
       its draws repeat after a resume.
+    - `distiller` adds its loss to that of the labels, in training alone: an evaluation's loss is that of the labels.
+    - `ema` averages the weights: both are evaluated (`eval_...`, `eval_ema_...`) and saved, and when training has
+      ended the model holds the average.
     - M stands in every log line and in `state.log_history`.
     - A checkpoint appears whole or not at all, with the hashes of its files.
     - A loss or weight that is not finite stops training; the last good checkpoint stays.
@@ -40,6 +45,8 @@ class NoseTrainer(Trainer):
 
     Raises:
         `ValueError`: for `load_best_model_at_end` with diluted layers: it would pick an early checkpoint with M > 0.
+            With `ema`, for it as well, and for FSDP, whose ranks hold shards. For a distiller whose teacher does not
+            fit the model, or with several GPUs in one process.
         `LaunchError`: where fewer processes run than were asked for.
     """
 
@@ -48,6 +55,8 @@ class NoseTrainer(Trainer):
         model: PreTrainedModel | nn.Module,
         args: TrainingArguments,
         augmentation: BatchAugmentation | None = None,
+        distiller: Distiller | None = None,
+        ema: ExponentialMovingAverage | None = None,
         **kwargs: Any,
     ):
         check_launch(args.world_size)
@@ -60,12 +69,27 @@ class NoseTrainer(Trainer):
         if args.ddp_find_unused_parameters is None and diluted:
             # At M = 0 the diluted attention takes part in no step.
             args.ddp_find_unused_parameters = True
+        if distiller is not None:
+            distiller.check_student(model)
+            if args.n_gpu > 1:
+                raise ValueError(
+                    f"distiller needs a process for each of the {args.n_gpu} GPUs: start by `accelerate launch "
+                    f"--num_processes {args.n_gpu}`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
+                )
+            # Images are counted by process for both losses; the processes' gradients are averaged either way.
+            args.average_tokens_across_devices = False
         # Not finite losses stop the run instead of being filtered from the log.
         args.logging_nan_inf_filter = False
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("preprocess_logits_for_metrics", top5_ids)
         super().__init__(model=model, args=args, **kwargs)
-        self.augmentation = augmentation
+        self.augmentation, self.distiller, self.ema = augmentation, distiller, ema
+        if distiller is not None:
+            distiller.teacher.to(args.device)
+        if ema is not None:
+            if args.load_best_model_at_end or self.is_fsdp_enabled:
+                raise ValueError("ema needs load_best_model_at_end and FSDP off: it is the result, and kept whole.")
+            self.add_callback(ema)
         self._staging: Path | None = None
         self._micro_step = (-1, 0)
 
@@ -84,6 +108,39 @@ class NoseTrainer(Trainer):
                 f"{self.args.output_dir} is from before. Lower the learning rate or look at the data."
             )
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer's, label smoothing included; in training with the distiller's loss beside it."""
+        if self.distiller is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked = {**inputs, **self.distiller.forward_options}
+        hard, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        soft = self.distillation_loss(model, outputs, inputs["pixel_values"], num_items_in_batch)
+        loss = (1 - self.distiller.weight) * hard + soft
+        return (loss, outputs) if return_outputs else loss
+
+    def distillation_loss(self, model: nn.Module, outputs: Any, pixel_values: torch.Tensor, num_items: Any) -> Any:
+        """The distiller's loss, averaged as the loss of the labels is."""
+        assert self.distiller is not None
+        # The teacher in the student's precision: bfloat16 where it trains in that.
+        with self.accelerator.autocast():
+            losses = self.distiller(nose_vit(model), outputs, pixel_values)
+        # By the images of the whole step on this process, or by the batch's where the Trainer divides on.
+        return losses.sum() / (len(losses) if num_items is None else num_items)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super()._evaluate(*args, **kwargs)
+        if self.ema is not None:
+            # A loader draws a seed: the second evaluation must not change what training draws next.
+            with torch.random.fork_rng(devices=[]), self.ema.applied(cast(nn.Module, self.model)):
+                metrics |= self.evaluate(metric_key_prefix="eval_ema")
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         vit = nose_vit(cast(nn.Module, self.model))
@@ -119,6 +176,8 @@ class NoseTrainer(Trainer):
             self._staging = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.ema is not None:
+                self.ema.save(folder / STAGING / f"{PREFIX}{step}")
             if self.state.best_global_step == step:
                 # The Trainer has noted the place in staging, where a resume would look in vain.
                 self.state.best_model_checkpoint = str(folder / f"{PREFIX}{step}")
@@ -141,6 +200,8 @@ class NoseTrainer(Trainer):
                     logger.warning(
                         f"Resuming with {name} = {now} what ran with {record[name]}: some bits of the result differ."
                     )
+        if self.ema is not None:
+            self.ema.checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _whole_checkpoint(self, wanted: str | bool) -> Path:
@@ -228,9 +289,12 @@ def fit(
     augmentation: BatchAugmentation | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
+    distiller: Distiller | None = None,
+    ema_decay: float | None = None,
 ) -> dict[str, Any]:
     """
-    Trains `model` in place, from the last whole checkpoint where `resume` finds one.
+    Trains `model` in place, from the last whole checkpoint where `resume` finds one; with `ema_decay` it then holds
+    the moving average of its weights.
 
     Returns:
         `{"steps", "seconds", "resumed_from", "threads", "log"}`: `seconds` of this call alone, the log of all.
@@ -244,6 +308,8 @@ def fit(
         model=model,
         args=args,
         augmentation=augmentation,
+        distiller=distiller,
+        ema=None if ema_decay is None else ExponentialMovingAverage(ema_decay),
         train_dataset=train,
         eval_dataset=evaluation,
         callbacks=list(callbacks),

@@ -55,7 +55,9 @@ def transfer(job: Job[TransferSettings]) -> dict[str, Any]:
     args = training_arguments(
         settings, job.folder / "training" / "transfer", settings.steps, settings.epochs, job.device.type == "cpu"
     )
-    training = fit(trained, train, evaluation, args, job.augmentation(), resume=settings.resume)
+    training = fit(
+        trained, train, evaluation, args, job.augmentation(), resume=settings.resume, ema_decay=settings.ema_decay
+    )
     if isinstance(trained, NosePeftModel):
         model = merge_lora(trained)
     job.save("model", model, processor)
