@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers.image_processing_backends import PilBackend
 
 
 # DeiT's random erasing: the box's share of the image, its height over its width, and how often a box that does not
@@ -22,8 +22,8 @@ COLOUR, ERASING, NOISE, MIXING = 1, 2, 3, 4
 
 class BatchAugmentation:
     """
-    What training images go through on their way into the model, every image of a batch on its own, in this order: flip,
-    shift, colour jitter, RandAugment, random erasing.
+    What training images go through on their way into the model, every image of a batch on its own, in this order:
+    flip, shift, colour jitter, RandAugment, random erasing.
 
     There is no state: the draws of a call depend on (seed, step, micro_step, rank) only, so training that is stopped
     and resumed at a step sees the same pixels as training that never stopped, whatever the loader read ahead. Nothing
@@ -207,9 +207,9 @@ def check_kornia() -> None:
         ) from error
 
 
-def normalisation(processor: PilBackend) -> dict[str, Sequence[float]]:
+def normalisation(processor: Any) -> dict[str, Sequence[float]]:
     """
-    Mean and standard deviation that take images in [0, 1] to what `processor` gives the model.
+    Mean and standard deviation that take images in [0, 1] to what an image processor gives the model.
 
     Raises:
         `ValueError`: where the processor does not bring 8-bit values to [0, 1] first.

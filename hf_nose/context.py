@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.image_processing_backends import PilBackend
 
-from .augmentation import BatchAugmentation
+from .augmentation import BatchAugmentation, normalisation
 from .data import CalibrationSet, ImageData, calibration_batches, load_image_data
 from .files import read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
+from .mixing import Mixing
 from .modeling_nose_vit import NoseViTForImageClassification
+from .optimization import check_data_size, check_precision
 from .settings import Settings
 
 
@@ -41,6 +43,7 @@ class RunContext:
         self.settings = settings
         self.folder = settings.folder
         self.device = choose_device(settings.device)
+        check_precision(self.device, settings.bf16, fp16=False)
         self.state = PartialState(cpu=self.device.type == "cpu")
         check_launch(self.state.num_processes)
         own_the_machine()
@@ -90,9 +93,30 @@ class RunContext:
             num_labels,
         )
 
-    def augmentation(self) -> BatchAugmentation:
+    def augmentation(self, processor: PilBackend | None = None) -> BatchAugmentation:
         """What training images go through on their way into the model."""
-        return BatchAugmentation(seed=self.settings.seed, shift=self.settings.shift, flip=self.settings.flip)
+        settings, names = self.settings, ("seed", "shift", "flip", "rand_augment", "random_erasing", "color_jitter")
+        options = {name: getattr(settings, name) for name in names}
+        if settings.rand_augment or settings.color_jitter:
+            options |= normalisation(self.processor if processor is None else processor)
+        return BatchAugmentation(**options)
+
+    def mixing(self, num_labels: int) -> Mixing | None:
+        """What mixes them and their labels, where it is asked for."""
+        settings = self.settings
+        if not settings.mixup and not settings.cutmix:
+            return None
+        return Mixing(num_labels, settings.mixup, settings.cutmix, settings.seed)
+
+    def check_training(self, processor: PilBackend | None = None) -> None:
+        """Refuses a training that cannot be, before anything is trained: too few images, a missing package."""
+        self.augmentation(processor)
+        assert self.data.train is not None
+        settings = self.settings
+        check_data_size(
+            len(self.data.train),
+            settings.batch_size * settings.gradient_accumulation_steps * self.state.num_processes,
+        )
 
     def load(self, name: str) -> NoseViTForImageClassification:
         """A model of the run's folder, in evaluation mode on the run's device."""

@@ -128,7 +128,8 @@ def solarize_add(images: torch.Tensor, addition: torch.Tensor) -> torch.Tensor:
     return torch.where(images < 0.5, images + addition.to(images)[:, None, None, None], images)
 
 
-# In the order of the published code. Of its "increasing" variants, where a higher level always distorts more.
+# In the order of the published code. Of its "increasing" variants, where a higher level always distorts more. Shears
+# hold the image's upper left corner, which is half a pixel outside the centre of its first pixel.
 OPERATIONS: dict[str, Operation] = {
     "auto_contrast": lambda images, level, sign, fill: auto_contrast(images),
     "equalize": lambda images, level, sign, fill: equalize(eight_bit(images)),
@@ -141,8 +142,8 @@ OPERATIONS: dict[str, Operation] = {
     "contrast": enhancement(adjust_contrast_with_mean_subtraction),
     "brightness": enhancement(adjust_brightness_accumulative),
     "sharpness": enhancement(sharpness),
-    "shear_x": affine(lambda level, height, width: (1, 0.3 * level, 0, 0, 1, 0)),
-    "shear_y": affine(lambda level, height, width: (1, 0, 0, 0.3 * level, 1, 0)),
+    "shear_x": affine(lambda level, height, width: (1, 0.3 * level, 0.15 * level, 0, 1, 0)),
+    "shear_y": affine(lambda level, height, width: (1, 0, 0, 0.3 * level, 1, 0.15 * level)),
     "translate_x": affine(lambda level, height, width: (1, 0, 0.45 * width * level, 0, 1, 0)),
     "translate_y": affine(lambda level, height, width: (1, 0, 0, 0, 1, 0.45 * height * level)),
 }

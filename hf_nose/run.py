@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .arguments import training_arguments, training_words
 from .configuration_nose_vit import NoseViTConfig
 from .context import RECORDS, RunContext
 from .files import locked, read_json, write_json, write_text
@@ -161,7 +162,7 @@ def dry_run(run: RunContext) -> None:
     settings = run.settings
     run.say(settings.to_yaml())
     classes = run.data.class_names if settings.model.endswith(("digits-vit", ".json")) else None
-    model, _ = dense_model(settings, classes)
+    model, processor = dense_model(settings, classes)
     layers, count = planned_layers(settings, model.config)
     candidates = model.vit.kept_attention_layers
     # Which layers go changes neither parameters nor MACs.
@@ -177,6 +178,11 @@ def dry_run(run: RunContext) -> None:
         run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
     if settings.is_trained:
         run.say(f"Schedule: {schedule_points(settings)}; compensation {'on' if settings.uses_compensation else 'off'}")
+    if settings.is_trained or settings.dense_steps:
+        run.augmentation(processor)
+        steps, on_cpu = settings.steps or settings.dense_steps, run.device.type == "cpu"
+        args = training_arguments(settings, run.folder / "training", steps, settings.epochs, on_cpu)
+        run.say(f"Training: {training_words(settings, args)}")
     shape = (1, model.config.num_channels, *model.vit.embeddings.image_size)
     with torch.no_grad():
         logits = model.eval().to(run.device)(torch.zeros(shape, device=run.device)).logits

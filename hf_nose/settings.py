@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 from .criteria import CRITERIA, SIGNS
 from .modeling_nose_vit import MASK_GAINS
+from .optimization import OPTIMIZERS, WARMUP_UNITS, check_training
 from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
 
@@ -82,16 +83,31 @@ class Settings:
 
     batch_size: int = option(64, "Training images a step and process.")
     gradient_accumulation_steps: int = option(1, "Batches a step.")
-    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
+    optimizer: str = option("adamw", "AdamW, or SGD with momentum 0.9.", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    base_learning_rate: float | None = option(
+        None, "Peak learning rate of 512 images a step, instead: it grows with them."
+    )
     min_learning_rate: float = option(1e-5, "Where the cosine ends.")
-    warmup: float = option(0.05, "Share of the steps that the learning rate rises for.")
+    warmup: float = option(0.05, "How long the learning rate rises: a share of the steps, or as the unit says.")
+    warmup_unit: str = option("fraction", "What the warm-up is counted in.", choices=WARMUP_UNITS)
+    max_grad_norm: float = option(1.0, "Norm that longer gradients are cut to; 0 is off.")
     weight_decay: float = option(0.05, "Weight decay, but for biases, norms, class token, positions.")
     label_smoothing: float = option(0.1, "Label smoothing.")
     drop_path_rate: float = option(0.0, "Stochastic depth.")
+    drop_path_schedule: str = option(
+        "linear", "Whether its rate rises from 0 block by block.", choices=("linear", "constant")
+    )
     shift: int = option(0, "Training images are shifted by up to so many pixels.")
     flip: bool = option(False, "Training images are mirrored half of the time.")
+    color_jitter: float = option(0.0, "Brightness, contrast and saturation change by up to this share.")
+    rand_augment: float = option(0.0, "Magnitude of RandAugment, up to 10; 0 is off.")
+    random_erasing: float = option(0.0, "Share of training images of which a box becomes noise.")
+    mixup: float = option(0.0, "Parameter of mixup's Beta distribution; 0 is off.")
+    cutmix: float = option(0.0, "That of cutmix; beside mixup, half of the batches get either.")
     bf16: bool = option(False, "Train in bfloat16.")
     gradient_checkpointing: bool = option(False, "Trade time for memory in training.")
+    torch_compile: bool = option(False, "Compile the model for training.")
     num_workers: int = option(0, "Loader processes.")
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
@@ -110,6 +126,8 @@ class Settings:
         unknown = sorted(set(self.stage_list) - set(STAGES))
         if unknown or not self.stage_list:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
+        if self.base_learning_rate is not None and self.learning_rate != Settings.learning_rate:
+            raise ValueError("Give one of learning_rate and base_learning_rate.")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
         if self.schedule == "one_shot" and self.feature_compensation:
@@ -127,6 +145,7 @@ class Settings:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
         if self.throughput_rounds < 2:
             raise ValueError(f"throughput_rounds must be at least 2, for quartiles, got {self.throughput_rounds}.")
+        check_training(vars(self))
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be in (0, 1), got {self.ratio}.")
         if self.epochs is not None and (self.epochs <= 0 or self.steps):
@@ -172,13 +191,15 @@ class Settings:
 
 OF_TRAINING = (
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
-    "shift flip bf16 gradient_checkpointing eval_steps"
+    "shift flip bf16 gradient_checkpointing eval_steps "
+    "optimizer base_learning_rate warmup_unit max_grad_norm "
+    "color_jitter rand_augment random_erasing mixup cutmix torch_compile"
 )
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
     "prepare": (
         "seed model base_model_id dataset dataset_id image_column label_column train_split eval_split "
-        f"max_train_samples max_eval_samples dense_steps drop_path_rate {OF_TRAINING}"
+        f"max_train_samples max_eval_samples dense_steps drop_path_rate drop_path_schedule {OF_TRAINING}"
     ),
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
@@ -194,7 +215,7 @@ POSITIVE = (
     *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size"),
 )
 # A flag of a group takes the place of whatever the recipe says of the group.
-EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"))
+EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"), ("learning_rate", "base_learning_rate"))
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from .arguments import training_arguments, training_words
 from .context import Progress, RunContext, public_name
 from .dilution import DilutionCallback
 from .entropy import layer_profile
@@ -19,7 +20,7 @@ from .profiling import compare_throughput, count_macs, count_parameters, hardwar
 from .report import write_report
 from .selection import Selection, random_sets, select_attention_layers
 from .surgery import fold
-from .training import fit, training_arguments
+from .training import fit
 
 
 def prepare(run: RunContext) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def prepare(run: RunContext) -> dict[str, Any]:
     if "select" in settings.stage_list:
         # Refused here, not after the dense training.
         planned_layers(settings, model.config)
+    if settings.dense_steps or (settings.is_trained and "dilute" in settings.stage_list):
+        run.check_training(processor)
     evaluation = run.images("evaluation", model.num_labels, processor)
     training = None
     if settings.dense_steps:
@@ -39,7 +42,9 @@ def prepare(run: RunContext) -> dict[str, Any]:
         args = training_arguments(
             settings, run.folder / "training" / "dense", settings.dense_steps, None, run.device.type == "cpu"
         )
-        training = fit(model, train, evaluation, args, run.augmentation(), resume=settings.resume)
+        run.say(training_words(settings, args))
+        augmentation, mixing = run.augmentation(processor), run.mixing(model.num_labels)
+        training = fit(model, train, evaluation, args, augmentation, resume=settings.resume, mixing=mixing)
     run.save("dense", model, processor)
     assert run.data.train is not None
     return {
@@ -143,7 +148,9 @@ def dilute(run: RunContext) -> dict[str, Any]:
             args = training_arguments(
                 settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
             )
-            training = fit(arm, train, evaluation, args, run.augmentation(), callbacks, resume=settings.resume)
+            run.say(training_words(settings, args))
+            augmentation, mixing = run.augmentation(), run.mixing(model.num_labels)
+            training = fit(arm, train, evaluation, args, augmentation, callbacks, settings.resume, mixing)
             if name == "dilution":
                 record.update(training)
             else:

@@ -22,6 +22,7 @@ LAYERS = [
     "launch",
     "processes",
     "schedules",
+    "optimization",
     "entropy",
     "criteria",
     "scoring",
@@ -30,12 +31,15 @@ LAYERS = [
     "splits",
     "images",
     "data",
+    "image_operations",
     "augmentation",
+    "mixing",
     "metrics",
     "profiling",
     "figures",
     "report",
     "settings",
+    "arguments",
     "checkpoints",
     "dilution",
     "training",
@@ -153,7 +157,17 @@ def test_no_module_has_a_missing_name(module):
 @pytest.mark.slow
 def test_importing_the_package_is_light():
     code = "import sys, hf_nose; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["datasets", "evaluate", "matplotlib", "sklearn", "peft", "torchvision", "timm", "transformers.trainer"]
+    heavy = [
+        "kornia",
+        "datasets",
+        "evaluate",
+        "matplotlib",
+        "sklearn",
+        "peft",
+        "torchvision",
+        "timm",
+        "transformers.trainer",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, ViTConfig
 
+from hf_nose.arguments import training_arguments
 from hf_nose.configuration_nose_vit import NoseViTConfig
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification
 from hf_nose.settings import Settings
-from hf_nose.training import training_arguments
 
 
 NUM_LABELS = 3
