@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_training import Images, arguments, model, weights
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_nose.arguments import images_per_step, training_arguments, training_words
+from hf_nose.dilution import DilutionCallback
 from hf_nose.optimization import check_data_size, check_precision, peak_learning_rate
 from hf_nose.settings import Settings
 from hf_nose.training import NoseTrainer
@@ -225,3 +227,26 @@ def test_fewer_images_than_a_step_takes(images, batch):
     else:
         with pytest.raises(ValueError, match=f"have {images} images, fewer than the {batch} of one step"):
             check_data_size(images, batch)
+
+
+# torch.compile
+
+
+def test_compiled_training_gives_the_same_losses_and_plain_checkpoints(tmp_path):
+    """With the backend that generates no code: inductor, the default, takes a minute for this toy."""
+    assert arguments(tmp_path, torch_compile=True).torch_compile_backend == "inductor"
+
+    def run(folder, **settings):
+        found = model([1, 2])
+        options = {"callbacks": [DilutionCallback(decay=0.5)], "train_dataset": Images(24), "eval_dataset": Images(8)}
+        made = NoseTrainer(model=found, args=arguments(folder, steps=6, **settings), **options)
+        made.train()
+        return [line["loss"] for line in made.state.log_history if "loss" in line], made
+
+    plain, _ = run(tmp_path / "plain")
+    compiled, made = run(tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager")
+    assert type(made.model_wrapped).__name__ == "OptimizedModule"
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    # The mask had fallen to 0 in the compiled model, too.
+    saved = load_file(tmp_path / "compiled" / "checkpoint-6" / "model.safetensors")
+    assert saved.keys() == weights(model([1, 2])).keys() and saved["vit.dilution_mask"].tolist() == [0.0, 0.0]
