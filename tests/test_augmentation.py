@@ -121,9 +121,25 @@ def test_erasing_keeps_dtype_and_input(images):
     assert torch.equal(images, before)
 
 
-def test_an_image_too_small_for_any_box_is_left_alone():
-    images = torch.ones(50, 3, 1, 1)
+def test_an_image_that_no_box_fits_is_left_alone(images, monkeypatch):
+    monkeypatch.setattr("hf_nose.augmentation.ERASED_AREA", (1.0, 1.0))
     assert torch.equal(BatchAugmentation(random_erasing=1.0)(images, step=0), images)
+
+
+@pytest.mark.parametrize("shape", [(32, 4), (4, 32)])
+def test_a_box_never_reaches_from_side_to_side(shape):
+    found = boxes(torch.full((400, 3, *shape), 7.0))
+    assert found.any((1, 2)).float().mean() > 0.9
+    assert not found.any(1).all(1).any() and not found.any(2).all(1).any()
+
+
+@pytest.mark.parametrize("other", [(4, 7, 1, 1), (3, 8, 1, 1), (3, 7, 2, 1), (3, 7, 1, 0)])
+def test_the_noise_is_another_one_too(images, other):
+    noises = []
+    for seed, *place in ((3, 7, 1, 1), other):
+        found = BatchAugmentation(seed=seed, random_erasing=1.0)(images, *place)
+        noises.append(set(found[found != images].tolist()))
+    assert len(noises[0]) > 100 and len(noises[0] & noises[1]) < 3
 
 
 # All of it
@@ -180,6 +196,22 @@ def test_colours_are_changed_between_0_and_1(processed, images):
     # The magnitude that changes nothing: what is left is the way to [0, 1] and back.
     idle = BatchAugmentation(color_jitter=1e-9, mean=MEAN, std=STD)(processed, step=0)
     torch.testing.assert_close(idle, processed, rtol=0, atol=1e-5)
+
+
+def test_pixels_out_of_range_are_cut_off_before_colours_are_changed(processed):
+    found = BatchAugmentation(rand_augment=9, mean=MEAN, std=STD)(3 * processed, step=0)
+    colours = found * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    assert -1e-6 < colours.min() and colours.max() < 1 + 1e-6
+
+
+def test_what_is_moved_in_has_the_mean_colour(processed, monkeypatch):
+    fills = []
+    monkeypatch.setattr(
+        "hf_nose.image_operations.rand_augment", lambda images, *rest: fills.append(rest[:2]) or images
+    )
+    BatchAugmentation(rand_augment=7, mean=MEAN, std=STD)(processed, step=0)
+    ((magnitude, fill),) = fills
+    assert magnitude == 7 and fill.tolist() == pytest.approx(MEAN)
 
 
 def test_mean_and_std_are_those_of_each_channel(processed):

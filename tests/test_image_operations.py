@@ -94,6 +94,17 @@ def test_equalizing_and_posterizing_need_whole_eight_bit_values(images, picture)
     assert torch.equal((255 * eight_bit(images)).long(), (255 * exact).round().long())
 
 
+@pytest.mark.parametrize("name", ["equalize", "posterize"])
+def test_no_eight_bit_value_falls_on_the_wrong_side_of_a_cut(name):
+    levels = np.random.default_rng(1).permutation(256).astype(np.uint8)
+    ramp = Image.fromarray(np.stack([levels, levels[::-1], np.roll(levels, 7)], -1).reshape(16, 16, 3))
+    shift, scale = MEAN[:, None, None], STD[:, None, None]
+    images = ((tensor(ramp) - shift) / scale) * scale + shift
+    found = OPERATIONS[name](images.clamp(0, 1), torch.tensor([0.4]), torch.ones(1), MEAN)
+    expected = ImageOps.equalize(ramp) if name == "equalize" else ImageOps.posterize(ramp, 4 - int(0.4 * 4))
+    torch.testing.assert_close(found, tensor(expected), rtol=0, atol=1e-6)
+
+
 def test_auto_contrast_leaves_a_constant_channel_alone():
     grey = torch.full((1, 3, 4, 4), 0.4)
     grey[0, 1, 0, 0] = 0.8

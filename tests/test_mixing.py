@@ -67,6 +67,20 @@ def test_the_proportion_is_beta_distributed(images, alpha):
     assert stats.kstest(kept, stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
+def test_a_box_takes_its_share_of_the_area(images):
+    """At a parameter so large that lambda is 0.5: the root of it of either side, in whole pairs of pixels."""
+    kept = [round(float(shares(targets)[0]), 6) for _, targets in draws(Mixing(CLASSES, cutmix=1e6), images, 100)]
+    assert min(kept) == round(1 - 14 * 8 / 240, 6)
+
+
+def test_each_has_its_own_parameter(images):
+    mixed, cut = [], []
+    for found, targets in draws(Mixing(CLASSES, mixup=1e6, cutmix=1.0), images, 200):
+        (cut if set(found[0].unique().tolist()) <= {0.0, 7.0} else mixed).append(float(shares(targets)[0]))
+    assert all(abs(kept - 0.5) < 0.01 for kept in mixed)
+    assert min(cut) < 0.4 and max(cut) > 0.95
+
+
 def test_beside_each_other_either_is_drawn_half_of_the_time(images):
     cut = [set(mixed[0].unique().tolist()) <= {0.0, 7.0} for mixed, _ in draws(Mixing(CLASSES, 0.8, 1.0), images, 300)]
     assert 0.42 < sum(cut) / 300 < 0.58

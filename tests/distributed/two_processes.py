@@ -68,6 +68,8 @@ def train_all(folder, batch_size):
         found[f"soft {accumulation}"] = train(place / "soft", model([1, 2]).double(), torch.float64, **soft)
         # At a learning rate of next to nothing, so that every step sees logits of 0.
         still = {"learning_rate": 1e-12, "min_learning_rate": 1e-12, **sizes}
+        # The Trainer's own default, which the loss has to bear.
+        still["average_tokens_across_devices"] = True
         for name, mixing in (("mixed", Mixing(CLASSES, mixup=0.8, cutmix=1.0)), ("class ids", None)):
             options = {"mixing": mixing, **still}
             found[f"zero logits {name} {accumulation}"] = train(place / name, zero_logits(CLASSES), **options)
