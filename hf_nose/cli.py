@@ -116,8 +116,8 @@ def guarded(verb: Callable[[], None]) -> int:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    # A full disk shows as OSError, SafetensorError or RuntimeError, by writer.
-    expected = (ValueError, OSError, ArithmeticError, RuntimeError, StrictDataclassError, SafetensorError)
+    # A full disk shows as OSError, SafetensorError or RuntimeError, by writer; an extra not installed as ImportError.
+    expected = (ValueError, OSError, ArithmeticError, RuntimeError, ImportError, StrictDataclassError, SafetensorError)
     handler = signal.signal(signal.SIGTERM, stop)
     try:
         verb()

@@ -9,19 +9,26 @@ from typing import Any, Generic
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.image_processing_backends import PilBackend
 
-from .augmentation import BatchAugmentation
+from .arguments import training_arguments, training_words
+from .augmentation import BatchAugmentation, normalisation
 from .data import CalibrationSet, ImageData, calibration_batches, load_image_data
+from .distillation import Distiller
 from .files import put_back, read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
 from .loading import load_classifier
-from .modeling_nose_vit import NoseViTForImageClassification
+from .mixing import Mixing
+from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
+from .optimization import check_data_size, check_precision
 from .processes import place
 from .records import RECORDS
 from .settings import Options, Settings
+from .training import fit
 
 
 class Job(Generic[Options]):
@@ -31,6 +38,7 @@ class Job(Generic[Options]):
         self.settings = settings
         self.folder = settings.folder
         self.device = choose_device(settings.device)
+        check_precision(self.device, settings.bf16, fp16=False)
         self.state = PartialState(cpu=self.device.type == "cpu")
         check_launch(self.state.num_processes)
         own_the_machine()
@@ -68,9 +76,58 @@ class Job(Generic[Options]):
         columns = self.data.image_column, self.data.label_column
         return ImageDataset(rows, self.processor if processor is None else processor, *columns, num_labels=num_labels)
 
-    def augmentation(self) -> BatchAugmentation:
+    def augmentation(self, processor: PilBackend | None = None) -> BatchAugmentation:
         """What training images go through on their way into the model."""
-        return BatchAugmentation(seed=self.settings.seed, shift=self.settings.shift, flip=self.settings.flip)
+        settings, names = self.settings, ("seed", "shift", "flip", "rand_augment", "random_erasing", "color_jitter")
+        options = {name: getattr(settings, name) for name in names}
+        if settings.rand_augment or settings.color_jitter:
+            options |= normalisation(self.processor if processor is None else processor)
+        return BatchAugmentation(**options)
+
+    def mixing(self, num_labels: int) -> Mixing | None:
+        """What mixes them and their labels, where it is asked for."""
+        settings = self.settings
+        if not settings.mixup and not settings.cutmix:
+            return None
+        return Mixing(num_labels, settings.mixup, settings.cutmix, settings.seed)
+
+    def check_training(self, processor: PilBackend | None = None) -> None:
+        """Refuses a training that cannot be, before anything is trained: too few images, a missing package."""
+        self.augmentation(processor)
+        assert self.data.train is not None
+        settings = self.settings
+        check_data_size(
+            len(self.data.train),
+            settings.batch_size * settings.gradient_accumulation_steps * self.state.num_processes,
+        )
+
+    def fit(
+        self,
+        model: nn.Module,
+        name: str,
+        steps: int,
+        epochs: float | None = None,
+        *,
+        processor: PilBackend | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        distiller: Distiller | None = None,
+    ) -> dict[str, Any]:
+        """Trains `model` as the settings say, with its checkpoints in the folder `training/NAME`; see [`fit`]."""
+        settings, num_labels = self.settings, nose_vit(model).config.num_labels or 0
+        args = training_arguments(settings, self.folder / "training" / name, steps, epochs, self.device.type == "cpu")
+        self.say(training_words(settings, args))
+        return fit(
+            model,
+            self.images("train", num_labels, processor),
+            self.images("evaluation", num_labels, processor),
+            args,
+            augmentation=self.augmentation(processor),
+            mixing=self.mixing(num_labels),
+            distiller=distiller,
+            ema_decay=settings.ema_decay,
+            callbacks=callbacks,
+            resume=settings.resume,
+        )
 
     def load(self, name: str) -> NoseViTForImageClassification:
         """A model of the run's folder, in evaluation mode on the run's device."""
@@ -81,7 +138,7 @@ class Job(Generic[Options]):
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no model: the stage that writes it has not been run.")
         model = load_classifier(folder)
-        torch.nn.Module.to(model, self.device)
+        nn.Module.to(model, self.device)
         return model
 
     def save(self, name: str, model: NoseViTForImageClassification, processor: PilBackend | None = None) -> None:

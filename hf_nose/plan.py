@@ -25,6 +25,7 @@ EMBEDDED_MODEL = "digits-vit"
 def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[NoseViTForImageClassification, Any]:
     """The model that selection starts from, with its image processor."""
     count = None if class_names is None else len(class_names)
+    depth = stochastic_depth(settings)
     if is_scratch(settings.model):
         is_embedded = settings.model == EMBEDDED_MODEL
         path = resources.files("hf_nose") / "assets" / "digits-vit.json" if is_embedded else Path(settings.model)
@@ -32,15 +33,20 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
         if count is not None:
             values["id2label"] = dict(enumerate(class_names or []))
             values["label2id"] = {name: index for index, name in enumerate(class_names or [])}
-        config = NoseViTConfig.from_vit(ViTConfig(**values), drop_path_rate=settings.drop_path_rate)
+        config = NoseViTConfig.from_vit(ViTConfig(**values), **depth)
         processor = digits_processor() if is_embedded else load_processor(Path(settings.model).parent)
         if not settings.dense_steps:
             raise ValueError("A model from a configuration has random weights: set dense_steps to train it first.")
         return NoseViTForImageClassification(config), processor
-    model = load_classifier(settings.model, drop_path_rate=settings.drop_path_rate)
+    model = load_classifier(settings.model, **depth)
     if count is not None and count != model.num_labels:
         model = new_head(model, settings, class_names or [])
     return model, load_processor(settings.model)
+
+
+def stochastic_depth(settings: Settings) -> dict[str, Any]:
+    """Its fields of the model's configuration."""
+    return {name: getattr(settings, name) for name in ("drop_path_rate", "drop_path_schedule")}
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
@@ -68,9 +74,8 @@ def new_head(
             f"The model has {model.num_labels} classes, the data set {len(class_names)}: the new head has "
             "random weights. Set dense_steps to train it first."
         )
-    model = NoseViTForImageClassification.from_vit(
-        model, num_labels=len(class_names), drop_path_rate=settings.drop_path_rate
-    )
+    depth = stochastic_depth(settings)
+    model = NoseViTForImageClassification.from_vit(model, num_labels=len(class_names), **depth)
     name_classes(model.config, class_names)
     return model
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .arguments import training_arguments, training_words
 from .configuration_nose_vit import NoseViTConfig
 from .context import Job, RunContext
 from .distillation import describe
@@ -201,6 +202,11 @@ def dry_run(run: RunContext) -> None:
         run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
     if settings.is_trained:
         run.say(f"Schedule: {schedule_points(run)}; compensation {'on' if settings.uses_compensation else 'off'}")
+    if settings.is_trained or settings.dense_steps:
+        run.augmentation(processor)
+        steps, on_cpu = settings.steps or settings.dense_steps, run.device.type == "cpu"
+        args = training_arguments(settings, run.folder / "training", steps, settings.epochs, on_cpu)
+        run.say(f"Training: {training_words(settings, args)}")
     if settings.is_distilled:
         check_teacher(settings, model.config, processor)
         run.say(f"Distillation: from {settings.teacher or 'dense'}, {describe(distillation_options(settings))}")

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from .criteria import CRITERIA, SIGNS
 from .distillation import FEATURES, check_options
 from .modeling_nose_vit import MASK_GAINS
+from .optimization import OPTIMIZERS, WARMUP_UNITS, check_training
 from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
 
@@ -110,21 +111,36 @@ class TrainingOptions(JobOptions):
     epochs: float | None = option(None, "Length of that training in epochs, instead of steps.")
     batch_size: int = option(64, "Training images a step and process.")
     gradient_accumulation_steps: int = option(1, "Batches a step.")
-    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.")
+    optimizer: str = option("adamw", "AdamW, or SGD with momentum 0.9.", choices=OPTIMIZERS)
+    learning_rate: float = option(1e-3, "Peak learning rate.")
+    base_learning_rate: float | None = option(
+        None, "Peak learning rate of 512 images a step, instead: it grows with them."
+    )
     min_learning_rate: float = option(1e-5, "Where the cosine ends.")
-    warmup: float = option(0.05, "Share of the steps that the learning rate rises for.")
+    warmup: float = option(0.05, "How long the learning rate rises: a share of the steps, or as the unit says.")
+    warmup_unit: str = option("fraction", "What the warm-up is counted in.", choices=WARMUP_UNITS)
+    max_grad_norm: float = option(1.0, "Norm that longer gradients are cut to; 0 is off.")
     weight_decay: float = option(0.05, "Weight decay, but for biases, norms, class token, positions.")
     label_smoothing: float = option(0.1, "Label smoothing.")
     ema_decay: float | None = option(None, "Average the weights, with this decay; the average is the result.")
     drop_path_rate: float = option(0.0, "Stochastic depth.")
+    drop_path_schedule: str = option(
+        "linear", "Whether its rate rises from 0 block by block.", choices=("linear", "constant")
+    )
     shift: int = option(0, "Training images are shifted by up to so many pixels.")
     flip: bool = option(False, "Training images are mirrored half of the time.")
+    color_jitter: float = option(0.0, "Brightness, contrast and saturation change by up to this share.")
+    rand_augment: float = option(0.0, "Magnitude of RandAugment, up to 10; 0 is off.")
+    random_erasing: float = option(0.0, "Share of training images of which a box becomes noise.")
+    mixup: float = option(0.0, "Parameter of mixup's Beta distribution; 0 is off.")
+    cutmix: float = option(0.0, "That of cutmix; beside mixup, half of the batches get either.")
     bf16: bool = option(False, "Train in bfloat16.")
     gradient_checkpointing: bool = option(False, "Trade time for memory in training.")
     lora_rank: int = option(0, "Train LoRA matrices of so small a rank and the head instead of all weights; 0 is off.")
     lora_alpha: int = option(16, "Scale of the LoRA update: alpha / rank.")
     lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
     lora_targets: str = option(",".join(LORA_TARGETS), "Matrices of the blocks that get LoRA, comma-separated.")
+    torch_compile: bool = option(False, "Compile the model for training.")
     num_workers: int = option(0, "Loader processes.")
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
@@ -134,6 +150,8 @@ class TrainingOptions(JobOptions):
 
     def __post_init__(self) -> None:
         self.check_numbers()
+        if self.base_learning_rate is not None and self.learning_rate != TrainingOptions.learning_rate:
+            raise ValueError("Give one of learning_rate and base_learning_rate.")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
 
@@ -148,6 +166,7 @@ class TrainingOptions(JobOptions):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
+        check_training(vars(self))
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
         if not set(self.lora_target_list) <= set(LORA_TARGETS):
@@ -267,13 +286,15 @@ class Settings(TrainingOptions, RemovalOptions):
 
 OF_TRAINING = (
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
-    "shift flip bf16 gradient_checkpointing eval_steps ema_decay"
+    "shift flip bf16 gradient_checkpointing eval_steps ema_decay "
+    "optimizer base_learning_rate warmup_unit max_grad_norm "
+    "color_jitter rand_augment random_erasing mixup cutmix torch_compile"
 )
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
     "prepare": (
         "seed model base_model_id dataset dataset_id image_column label_column train_split eval_split "
-        f"max_train_samples max_eval_samples dense_steps drop_path_rate {OF_TRAINING}"
+        f"max_train_samples max_eval_samples dense_steps drop_path_rate drop_path_schedule {OF_TRAINING}"
     ),
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
@@ -295,7 +316,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
 # A flag of a group takes the place of whatever the recipe says of the group.
-EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"))
+EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"), ("learning_rate", "base_learning_rate"))
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
 NO_RESULT = ("device", "num_workers", "save_steps", "logging_steps")

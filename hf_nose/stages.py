@@ -22,7 +22,6 @@ from .records import EMBEDDED, public_id
 from .report import write_report
 from .selection import Selection, num_passes, random_sets, select_attention_layers
 from .surgery import fold
-from .training import fit, training_arguments
 
 
 def prepare(run: RunContext) -> dict[str, Any]:
@@ -36,17 +35,12 @@ def prepare(run: RunContext) -> dict[str, Any]:
         planned_layers(settings, model.config)
     if "dilute" in settings.stage_list and settings.is_distilled:
         check_teacher(settings, model.config, processor)
-    evaluation = run.images("evaluation", model.num_labels, processor)
+    if settings.dense_steps or (settings.is_trained and "dilute" in settings.stage_list):
+        run.check_training(processor)
     training = None
     if settings.dense_steps:
         run.say(f"Training the dense model for {settings.dense_steps} steps")
-        train = run.images("train", model.num_labels, processor)
-        args = training_arguments(
-            settings, run.folder / "training" / "dense", settings.dense_steps, None, run.device.type == "cpu"
-        )
-        training = fit(
-            model, train, evaluation, args, run.augmentation(), resume=settings.resume, ema_decay=settings.ema_decay
-        )
+        training = run.fit(model, "dense", settings.dense_steps, processor=processor)
     run.save("dense", model, processor)
     return {**start_record(run, model), "dense_training": training}
 
@@ -153,7 +147,6 @@ def dilute(run: RunContext) -> dict[str, Any]:
         "ema_decay": settings.ema_decay if settings.is_trained else None,
     }
     if settings.is_trained:
-        train, evaluation = (run.images(split, model.num_labels) for split in ("train", "evaluation"))
         callback = DilutionCallback(settings.schedule, settings.decay, settings.unit)
         distiller, record["distillation"] = teach(run, model) if settings.is_distilled else (None, None)
         arms: list[tuple] = [("dilution", model, [callback], distiller)]
@@ -164,20 +157,7 @@ def dilute(run: RunContext) -> dict[str, Any]:
             set_seed(settings.seed)
             trained = lora_of(arm, settings) if settings.lora_rank else arm
             run.say(trainable_line(trained))
-            args = training_arguments(
-                settings, run.folder / "training" / name, settings.steps, settings.epochs, run.device.type == "cpu"
-            )
-            training = fit(
-                trained,
-                train,
-                evaluation,
-                args,
-                run.augmentation(),
-                callbacks,
-                resume=settings.resume,
-                distiller=teacher,
-                ema_decay=settings.ema_decay,
-            )
+            training = run.fit(trained, name, settings.steps, settings.epochs, callbacks=callbacks, distiller=teacher)
             training["trainable_parameters"] = count_parameters(trained, only_trainable=True)
             if isinstance(trained, NosePeftModel):
                 merge_lora(trained)

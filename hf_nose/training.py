@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from .arguments import images_per_step
 from .augmentation import BatchAugmentation
 from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
 from .distillation import Distiller
@@ -22,8 +24,9 @@ from .images import ImageDataset
 from .launch import check_launch
 from .manifests import manifest_error
 from .metrics import TopKAccuracy, top5_ids
+from .mixing import Mixing
 from .modeling_nose_vit import nose_vit
-from .settings import TrainingOptions
+from .optimization import check_data_size, check_precision
 
 
 logger = logging.getLogger(__name__)
@@ -35,18 +38,21 @@ class NoseTrainer(Trainer):
 
     - `augmentation`, called with (pixel_values, step, micro_step, rank), is applied inside the training step, where
       its draws repeat after a resume.
+    - `mixing`, called with (pixel_values, labels, step, micro_step, rank), makes soft targets there.
     - `distiller` adds its loss to that of the labels, in training alone: an evaluation's loss is that of the labels.
     - `ema` averages the weights: both are evaluated (`eval_...`, `eval_ema_...`) and saved, and when training has
       ended the model holds the average.
+    - The loss does not depend on the number of processes or accumulated batches, and the model's `problem_type` stays
+      as it is.
     - M stands in every log line and in `state.log_history`.
     - A checkpoint appears whole or not at all, with the hashes of its files.
     - A loss or weight that is not finite stops training; the last good checkpoint stays.
     - Top-1 and top-5 are computed in evaluation from class ids.
 
     Raises:
-        `ValueError`: for `load_best_model_at_end` with diluted layers: it would pick an early checkpoint with M > 0.
-            With `ema`, for it as well, and for FSDP, whose ranks hold shards. For a distiller whose teacher does not
-            fit the model, or with several GPUs in one process.
+        `ValueError`: for `load_best_model_at_end` with diluted layers: it would pick an early checkpoint with M > 0;
+            with `ema`, for it as well, and for FSDP, whose ranks hold shards; for a distiller whose teacher does not
+            fit the model, or with several GPUs in one process; for a half precision the device is not made for.
         `LaunchError`: where fewer processes run than were asked for.
     """
 
@@ -55,11 +61,13 @@ class NoseTrainer(Trainer):
         model: PreTrainedModel | nn.Module,
         args: TrainingArguments,
         augmentation: BatchAugmentation | None = None,
+        mixing: Mixing | None = None,
         distiller: Distiller | None = None,
         ema: ExponentialMovingAverage | None = None,
         **kwargs: Any,
     ):
         check_launch(args.world_size)
+        check_precision(args.device, args.bf16, args.fp16)
         diluted = nose_vit(model).config.diluted_attention_layers
         if args.load_best_model_at_end and diluted:
             raise ValueError(
@@ -69,6 +77,8 @@ class NoseTrainer(Trainer):
         if args.ddp_find_unused_parameters is None and diluted:
             # At M = 0 the diluted attention takes part in no step.
             args.ddp_find_unused_parameters = True
+        # Images are counted by process, and the processes' gradients averaged.
+        args.average_tokens_across_devices = False
         if distiller is not None:
             distiller.check_student(model)
             if args.n_gpu > 1:
@@ -76,14 +86,12 @@ class NoseTrainer(Trainer):
                     f"distiller needs a process for each of the {args.n_gpu} GPUs: start by `accelerate launch "
                     f"--num_processes {args.n_gpu}`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
                 )
-            # Images are counted by process for both losses; the processes' gradients are averaged either way.
-            args.average_tokens_across_devices = False
         # Not finite losses stop the run instead of being filtered from the log.
         args.logging_nan_inf_filter = False
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("preprocess_logits_for_metrics", top5_ids)
         super().__init__(model=model, args=args, **kwargs)
-        self.augmentation, self.distiller, self.ema = augmentation, distiller, ema
+        self.augmentation, self.mixing, self.distiller, self.ema = augmentation, mixing, distiller, ema
         if distiller is not None:
             distiller.teacher.to(args.device)
         if ema is not None:
@@ -96,11 +104,12 @@ class NoseTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         step = self.state.global_step
         self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
+        place = {"step": step, "micro_step": self._micro_step[1], "rank": self.args.process_index}
         if self.augmentation is not None:
-            pixel_values = self.augmentation(
-                inputs["pixel_values"], step=step, micro_step=self._micro_step[1], rank=self.args.process_index
-            )
-            inputs = {**inputs, "pixel_values": pixel_values}
+            inputs = {**inputs, "pixel_values": self.augmentation(inputs["pixel_values"], **place)}
+        if self.mixing is not None:
+            pixel_values, targets = self.mixing(inputs["pixel_values"], inputs["labels"], **place)
+            inputs = {**inputs, "pixel_values": pixel_values, "labels": targets}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -116,14 +125,32 @@ class NoseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As the Trainer's, label smoothing included; in training with the distiller's loss beside it."""
-        if self.distiller is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        asked = {**inputs, **self.distiller.forward_options}
-        hard, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        soft = self.distillation_loss(model, outputs, inputs["pixel_values"], num_items_in_batch)
-        loss = (1 - self.distiller.weight) * hard + soft
+        """The loss of the labels; in training with the distiller's beside it."""
+        distiller = self.distiller if model.training else None
+        asked = inputs if distiller is None else {**inputs, **distiller.forward_options}
+        loss, outputs = self.label_loss(model, asked, num_items_in_batch)
+        if distiller is not None:
+            soft = self.distillation_loss(model, outputs, inputs["pixel_values"], num_items_in_batch)
+            loss = (1 - distiller.weight) * loss + soft
         return (loss, outputs) if return_outputs else loss
+
+    def label_loss(self, model: nn.Module, inputs: dict[str, Any], num_items: Any) -> tuple[torch.Tensor, Any]:
+        """
+        The loss against the labels, and what the model put out: cross entropy with label smoothing, averaged over the
+        batch's images, or over the `num_items` of the whole step on this process where the Trainer counts them. Class
+        ids (batch,) and soft targets (batch, classes) are kept from the model, which would take floats for several
+        labels an image and say so in its configuration. Labels of another shape are the model's own affair.
+        """
+        labels = inputs["labels"]
+        if labels.ndim > 2:
+            return cast(tuple, super().compute_loss(model, inputs, True, num_items))
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        logits = outputs["logits"]
+        targets = labels.to(logits.dtype) if labels.is_floating_point() else labels
+        smoothing = self.args.label_smoothing_factor
+        total = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
+        # A sum, because for several GPUs in one process the Trainer gives their shares of the images.
+        return total / (len(labels) if num_items is None else torch.as_tensor(num_items).sum()), outputs
 
     def distillation_loss(self, model: nn.Module, outputs: Any, pixel_values: torch.Tensor, num_items: Any) -> Any:
         """The distiller's loss, averaged as the loss of the labels is."""
@@ -246,51 +273,18 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return metric.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
-def training_arguments(
-    settings: TrainingOptions, folder: Path, steps: int, epochs: float | None, on_cpu: bool
-) -> TrainingArguments:
-    """The Trainer's arguments for `steps` steps (or `epochs` epochs) with checkpoints in `folder`."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps if epochs is None else -1,
-        num_train_epochs=epochs or 1.0,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": settings.min_learning_rate},
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        label_smoothing_factor=settings.label_smoothing,
-        bf16=settings.bf16,
-        seed=settings.seed,
-        eval_strategy="steps",
-        eval_steps=settings.eval_steps,
-        logging_steps=settings.logging_steps,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        dataloader_num_workers=settings.num_workers,
-        remove_unused_columns=False,
-        average_tokens_across_devices=False,
-        use_cpu=on_cpu,
-        report_to="none",
-        disable_tqdm=False,
-    )
-
-
 def fit(
     model: nn.Module,
     train: ImageDataset,
     evaluation: ImageDataset,
     args: TrainingArguments,
+    *,
     augmentation: BatchAugmentation | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    resume: bool = False,
+    mixing: Mixing | None = None,
     distiller: Distiller | None = None,
     ema_decay: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
 ) -> dict[str, Any]:
     """
     Trains `model` in place, from the last whole checkpoint where `resume` finds one; with `ema_decay` it then holds
@@ -300,14 +294,17 @@ def fit(
         `{"steps", "seconds", "resumed_from", "threads", "log"}`: `seconds` of this call alone, the log of all.
 
     Raises:
+        `ValueError`: for fewer training images than a step takes.
         `RuntimeError`: where training returned before its last step (on SIGTERM the Trainer may).
     """
+    check_data_size(len(train), images_per_step(args))
     folder = Path(str(args.output_dir))
     checkpoint = latest_whole_checkpoint(folder) if resume and folder.is_dir() else None
     trainer = NoseTrainer(
         model=model,
         args=args,
         augmentation=augmentation,
+        mixing=mixing,
         distiller=distiller,
         ema=None if ema_decay is None else ExponentialMovingAverage(ema_decay),
         train_dataset=train,

@@ -23,7 +23,6 @@ from .profiling import count_parameters, hardware, trainable_line
 from .report import load_lines
 from .run import open_folder, run_stages
 from .stages import start_record
-from .training import fit, training_arguments
 from .transfer_settings import TransferSettings
 
 
@@ -48,21 +47,16 @@ def transfer(job: Job[TransferSettings]) -> dict[str, Any]:
     settings = job.settings
     set_seed(settings.seed)
     model, processor = start_model(settings, job.data.class_names)
-    train, evaluation = (job.images(split, model.num_labels, processor) for split in ("train", "evaluation"))
+    job.check_training(processor)
     trained = trained_part(model, settings)
     job.say(trainable_line(trained))
     trainable = count_parameters(trained, only_trainable=True)
-    args = training_arguments(
-        settings, job.folder / "training" / "transfer", settings.steps, settings.epochs, job.device.type == "cpu"
-    )
-    training = fit(
-        trained, train, evaluation, args, job.augmentation(), resume=settings.resume, ema_decay=settings.ema_decay
-    )
+    training = job.fit(trained, "transfer", settings.steps, settings.epochs, processor=processor)
     if isinstance(trained, NosePeftModel):
         model = merge_lora(trained)
     job.save("model", model, processor)
     saved = job.load("model")
-    images = ImageBatches(evaluation, settings.eval_batch_size)
+    images = ImageBatches(job.images("evaluation", model.num_labels, processor), settings.eval_batch_size)
     with Progress(images, "Evaluating", disable=not job.is_main) as batches:
         metrics = evaluate_model(saved, batches, job.device)
     start = start_record(job, saved)

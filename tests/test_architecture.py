@@ -25,6 +25,7 @@ LAYERS = [
     "launch",
     "processes",
     "schedules",
+    "optimization",
     "entropy",
     "distillation",
     "criteria",
@@ -36,13 +37,16 @@ LAYERS = [
     "image_size",
     "data",
     "loading",
+    "image_operations",
     "augmentation",
+    "mixing",
     "metrics",
     "profiling",
     "figures",
     "report",
     "settings",
     "transfer_settings",
+    "arguments",
     "checkpoints",
     "dilution",
     "lora",
@@ -163,7 +167,17 @@ def test_no_module_has_a_missing_name(module):
 @pytest.mark.slow
 def test_importing_the_package_is_light():
     code = "import sys, hf_nose; print([m for m in sys.argv[1:] if m in sys.modules])"
-    heavy = ["datasets", "evaluate", "matplotlib", "sklearn", "peft", "torchvision", "timm", "transformers.trainer"]
+    heavy = [
+        "kornia",
+        "datasets",
+        "evaluate",
+        "matplotlib",
+        "sklearn",
+        "peft",
+        "torchvision",
+        "timm",
+        "transformers.trainer",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *heavy], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
     )

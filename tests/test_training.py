@@ -1,27 +1,30 @@
 """Training that can be trusted: what changes, what stops it, and what a resume gives back bit for bit."""
 
+import json
 import logging
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import Images, arguments, differing, model, weights
+from tiny_training import Images, arguments, differing, halves, model, weights, zero_logits
 from transformers import TrainerCallback
 
 from hf_nose.augmentation import BatchAugmentation
 from hf_nose.checkpoints import STAGING, checkpoint_record, latest_whole_checkpoint, steps_from_last
 from hf_nose.dilution import DilutionCallback
+from hf_nose.mixing import Mixing
 from hf_nose.modeling_nose_vit import nose_vit
 from hf_nose.training import NoseTrainer, fit
 
 
-def train(folder, found, steps=8, images=None, augmentation=None, callbacks=(), resume=False, **settings):
+def train(folder, found, steps=8, images=None, augmentation=None, callbacks=(), resume=False, mixing=None, **settings):
     """Trains through `fit`, as the main job does."""
     callbacks = [*([DilutionCallback()] if nose_vit(found).config.diluted_attention_layers else []), *callbacks]
     images = Images() if images is None else images
     evaluation = Images(6, images.pixel_values.dtype)
-    return fit(found, images, evaluation, arguments(folder, steps, **settings), augmentation, callbacks, resume)
+    args = arguments(folder, steps, **settings)
+    return fit(found, images, evaluation, args, augmentation, callbacks, resume, mixing)
 
 
 def trainer(folder, found, **settings):
@@ -115,6 +118,110 @@ def test_augmentation_is_given_its_place_in_training(tmp_path):
     train(tmp_path, model(), steps=4, gradient_accumulation_steps=2, augmentation=record)
     # 22 images in batches of 4: the sixth batch of an epoch ends a step of two.
     assert places == [(step, micro_step, 0) for step in range(4) for micro_step in range(2)]
+
+
+# --- soft targets ----------------------------------------------------------------------------------------------------
+
+
+def losses(record):
+    return [line["loss"] for line in record["log"] if "loss" in line]
+
+
+@pytest.mark.parametrize(("num_labels", "label_smoothing"), [(3, 0.0), (700, 0.1)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.8, "cutmix": 1.0}], ids=str)
+def test_the_loss_of_zero_logits_is_the_log_of_the_classes(
+    tmp_path, num_labels, label_smoothing, accumulation, options
+):
+    """In every step: at a learning rate of next to nothing the logits stay. An epoch ends in a smaller batch."""
+    mixing = Mixing(num_labels, **options) if options else None
+    rate = {"learning_rate": 1e-12, "min_learning_rate": 1e-12}
+    sizes = {"gradient_accumulation_steps": accumulation, "label_smoothing": label_smoothing}
+    record = train(tmp_path, zero_logits(num_labels), steps=7, mixing=mixing, **rate, **sizes)
+    assert losses(record) == pytest.approx([math.log(num_labels)] * 7, rel=1e-6)
+    assert [line["eval_loss"] for line in record["log"] if "eval_loss" in line] == pytest.approx(
+        [math.log(num_labels)] * 2, rel=1e-6
+    )
+
+
+def test_the_loss_is_the_soft_cross_entropy_of_the_mixed_images(tmp_path):
+    images, found, mixing = Images(4, torch.float64), model().double(), Mixing(3, mixup=0.8, seed=5)
+    run = NoseTrainer(
+        model=found,
+        args=arguments(tmp_path, 1, label_smoothing=0.2),
+        mixing=lambda *tensors, **place: seen.append(mixing(*tensors, **place)) or seen[-1],
+        train_dataset=images,
+        eval_dataset=Images(6),
+    )
+    seen, before = [], weights(found)
+    run.train()
+    ((mixed, targets),) = seen
+    found.load_state_dict(before)
+    with torch.no_grad():
+        logs = torch.log_softmax(found(mixed).logits, -1)
+    smoothed = 0.8 * targets.double() + 0.2 / 3
+    assert targets.gt(0).sum(1).max() == 2
+    assert run.state.log_history[0]["loss"] == pytest.approx(float(-(smoothed * logs).sum(1).mean()), rel=1e-6)
+
+
+def one_hot(pixel_values, labels, **place):
+    """A mixing that mixes nothing."""
+    return pixel_values, torch.nn.functional.one_hot(labels, 3).float()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_soft_targets_of_one_class_train_as_its_id(tmp_path, label_smoothing):
+    def run(mixing):
+        found = model([1]).double()
+        options = {"label_smoothing": label_smoothing, "learning_rate": 0.1, "optimizer": "sgd"}
+        images = Images(22, torch.float64)
+        record = train(tmp_path / str(mixing), found, images=images, mixing=mixing, **options)
+        return losses(record), weights(found)
+
+    (soft, of_soft), (hard, of_hard) = run(one_hot), run(None)
+    assert soft == pytest.approx(hard, rel=1e-6)
+    for name, tensor in of_hard.items():
+        torch.testing.assert_close(of_soft[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_loss_and_weights_under_soft_targets_do_not_depend_on_gradient_accumulation(tmp_path):
+    def run(batch_size, accumulation):
+        found = model([1]).double()
+        sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        options = {"optimizer": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0}
+        folder = tmp_path / str(accumulation)
+        # 22 images: the last step of an epoch has six, which come in batches of four and two, or of two.
+        record = train(folder, found, images=Images(22, torch.float64), mixing=halves, **sizes, **options)
+        return losses(record), weights(found)
+
+    (one, weights_of_one), *others = (run(*sizes) for sizes in ((8, 1), (4, 2), (2, 4)))
+    for found, of_found in others:
+        assert found == pytest.approx(one, rel=1e-6)
+        for name, tensor in of_found.items():
+            torch.testing.assert_close(tensor, weights_of_one[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixing", [None, Mixing(3, mixup=0.8, cutmix=1.0)], ids=["class ids", "mixed"])
+def test_training_never_changes_the_problem_type(tmp_path, problem_type, label_smoothing, mixing):
+    found = model()
+    found.config.problem_type = problem_type
+    train(tmp_path, found, steps=4, mixing=mixing, label_smoothing=label_smoothing)
+    assert found.config.problem_type == problem_type
+    saved = json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())
+    assert saved.get("problem_type") == problem_type
+
+
+def test_images_of_several_gpus_in_one_process_are_counted_together(tmp_path):
+    """The Trainer gives every GPU its share of the images, as (GPUs, 1)."""
+    found, images = zero_logits(), Images(8)
+    inputs = {"pixel_values": images.pixel_values, "labels": torch.tensor(images.labels)}
+    run = trainer(tmp_path, found)
+    for count in (None, 8, torch.tensor(8), torch.tensor([[4], [4]])):
+        loss, outputs = run.label_loss(found, inputs, count)
+        assert loss.item() == pytest.approx(math.log(3), rel=1e-6) and outputs.logits.shape == (8, 3)
+    assert "labels" in inputs
 
 
 # --- what is refused, and what stops it ------------------------------------------------------------------------------
@@ -225,6 +332,12 @@ def test_a_resume_after_an_early_return_finishes(tmp_path):
     assert train(tmp_path, model(), resume=True)["resumed_from"] == "checkpoint-4"
 
 
+def test_fewer_images_than_a_step_takes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="The training data have 7 images, fewer than the 8 of one step"):
+        train(tmp_path, model(), images=Images(7), gradient_accumulation_steps=2)
+    train(tmp_path, model(), steps=1, images=Images(8), gradient_accumulation_steps=2)
+
+
 # --- checkpoints and resuming ----------------------------------------------------------------------------------------
 
 HARD = {"gradient_accumulation_steps": 2, "learning_rate": 1e-2}
@@ -277,6 +390,30 @@ def test_a_resume_without_augmentation_would_be_noticed(tmp_path, never_stopped)
     found = hard_model()
     train(tmp_path, found, **HARD)
     assert differing(weights(found), never_stopped[0]) != []
+
+
+EVERYTHING = {"shift": 1, "flip": True, "rand_augment": 9.0, "random_erasing": 0.5, "color_jitter": 0.4}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stop", [4, 7])
+def test_a_resume_draws_the_same_augmentation_and_mixing(tmp_path, stop, accumulation):
+    def run(folder, found, resume=False, callbacks=()):
+        augmentation = BatchAugmentation(seed=3, mean=(0.5,) * 3, std=(0.5,) * 3, **EVERYTHING)
+        mixing = Mixing(3, mixup=0.8, cutmix=1.0, seed=3)
+        settings = {"gradient_accumulation_steps": accumulation, "learning_rate": 1e-2}
+        return train(folder, found, 8, None, augmentation, callbacks, resume, mixing, **settings)
+
+    whole = hard_model()
+    log = run(tmp_path / "whole", whole)["log"]
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", hard_model(), callbacks=[At(stop, interrupt)])
+    torch.manual_seed(99)
+    resumed = model([1, 2], drop_path_rate=0.2, seed=99)
+    record = run(tmp_path / "stopped", resumed, resume=True)
+    assert record["resumed_from"] == ("checkpoint-6" if stop == 7 else "checkpoint-3")
+    assert differing(weights(resumed), weights(whole)) == []
+    assert losses(record) == losses({"log": log})
 
 
 def test_a_resume_restores_the_encoder_bit_for_bit(tmp_path):

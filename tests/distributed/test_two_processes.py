@@ -1,6 +1,7 @@
 """Two processes, as torchrun really starts them: the same answers as one, or a message."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
-from two_processes import STEPS, train_all
+from two_processes import CLASSES, STEPS, train_all
 
 from hf_nose.images import digits_processor
 
@@ -63,14 +64,31 @@ def test_two_processes_train_on_after_the_mask_has_reached_zero(two, checkpointi
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_loss_and_weights_do_not_depend_on_the_number_of_processes(two, tmp_path):
-    expected = train_all(tmp_path, batch_size=8)["float64"]
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What one process finds with batches twice as large."""
+    return train_all(tmp_path_factory.mktemp("one"), batch_size=8)
+
+
+@pytest.mark.parametrize("name", ["float64", "soft 1", "soft 2"])
+def test_loss_and_weights_do_not_depend_on_the_number_of_processes(two, one, name):
+    # Of one process without accumulation.
+    expected = one[name.replace("2", "1")]
     assert expected["world_size"] == 1
-    for found in (rank["float64"] for rank in two):
+    for found in (*(rank[name] for rank in two), one[name]):
         # Losses are logged in float32.
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         for name, tensor in expected["weights"].items():
             torch.testing.assert_close(found["weights"][name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("labels", ["mixed", "class ids"])
+def test_the_loss_of_zero_logits_is_the_log_of_the_classes(two, one, labels, accumulation):
+    for ranks, world_size in ((two, 2), ([one], 1)):
+        for found in (rank[f"zero logits {labels} {accumulation}"] for rank in ranks):
+            assert found["world_size"] == world_size
+            assert found["losses"] == pytest.approx([math.log(CLASSES)] * STEPS, rel=1e-6)
 
 
 # --- the whole job ---------------------------------------------------------------------------------------------------
