@@ -21,7 +21,6 @@ from .distillation import Distiller
 from .files import put_back, read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
-from .loading import load_classifier
 from .mixing import Mixing
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
 from .optimization import check_data_size, check_precision
@@ -29,6 +28,7 @@ from .processes import place
 from .records import RECORDS
 from .settings import Options, Settings
 from .training import fit
+from .weights import load_classifier
 
 
 class Job(Generic[Options]):

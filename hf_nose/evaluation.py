@@ -10,8 +10,8 @@ from .context import Progress, choose_device
 from .data import load_image_data
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch
-from .loading import load_classifier
 from .metrics import evaluate_model
+from .weights import load_classifier
 
 
 def evaluate_checkpoint(

@@ -14,9 +14,9 @@ from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import unsupported
 from .distillation import check_blocks, check_pair
 from .images import digits_processor, load_processor
-from .loading import load_classifier
 from .modeling_nose_vit import NoseViTForImageClassification
 from .settings import Settings
+from .weights import load_classifier
 
 
 EMBEDDED_MODEL = "digits-vit"

@@ -14,7 +14,6 @@ from .context import Job, Progress
 from .files import locked
 from .image_size import processor_with_size, with_image_size
 from .images import ImageBatches, load_processor
-from .loading import load_classifier
 from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
@@ -24,6 +23,7 @@ from .report import load_lines
 from .run import open_folder, run_stages
 from .stages import start_record
 from .transfer_settings import TransferSettings
+from .weights import load_classifier
 
 
 def transfer_job(settings: TransferSettings) -> Job[TransferSettings]:

@@ -36,7 +36,7 @@ LAYERS = [
     "images",
     "image_size",
     "data",
-    "loading",
+    "weights",
     "image_operations",
     "augmentation",
     "mixing",
