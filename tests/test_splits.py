@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_nose.splits import choose_splits, digits, find_image_column, find_label_column, load_splits
+from hf_nose.splits import choose_splits, digits, find_image_column, find_label_column, find_source
 
 
 CLASSES = ["cat", "dog"]
@@ -24,6 +24,11 @@ def make_split(count: int, seed: int = 0) -> datasets.Dataset:
 
 def sizes(splits: dict[str, datasets.Dataset]) -> dict[str, int]:
     return {name: len(split) for name, split in splits.items()}
+
+
+def load_splits(dataset: str) -> dict[str, datasets.Dataset]:
+    source = find_source(dataset)
+    return {name: source.load(name) for name in source.splits}
 
 
 def test_parquet_file_is_one_split_with_its_own_name(tmp_path):
