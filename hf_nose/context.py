@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
@@ -15,12 +16,15 @@ from tqdm.auto import tqdm
 from transformers.image_processing_backends import PilBackend
 
 from .augmentation import BatchAugmentation
-from .data import CalibrationSet, ImageData, calibration_batches, load_image_data
+from .calibration import CalibrationSet, calibration_batches
+from .crops import RandomResizedCrop
+from .data import ImageData, load_image_data
 from .files import read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
 from .modeling_nose_vit import NoseViTForImageClassification
 from .settings import Settings
+from .streams import ImageStream, LabelledImages
 
 
 RECORDS = {
@@ -65,6 +69,9 @@ class RunContext:
             eval_split=settings.eval_split,
             max_train_samples=settings.max_train_samples,
             max_eval_samples=settings.max_eval_samples,
+            dataset_id=settings.dataset_id,
+            streaming=settings.streaming,
+            train_images=settings.train_images,
         )
 
     @cached_property
@@ -72,11 +79,23 @@ class RunContext:
         """The dense model's image processor."""
         return load_processor(self.folder / "dense")
 
-    def images(self, split: str, num_labels: int, processor: PilBackend | None = None) -> ImageDataset:
-        """Processed images of `"train"` or `"evaluation"`."""
-        rows = self.data.train if split == "train" else self.data.evaluation
+    def images(self, num_labels: int, processor: PilBackend | None = None) -> ImageDataset:
+        """Processed evaluation images."""
         columns = self.data.image_column, self.data.label_column
-        return ImageDataset(rows, self.processor if processor is None else processor, *columns, num_labels=num_labels)
+        return ImageDataset(self.data.evaluation, processor or self.processor, *columns, num_labels=num_labels)
+
+    def training_images(self, num_labels: int, processor: PilBackend | None = None) -> ImageDataset | ImageStream:
+        """Training images, cropped as the settings say, from memory, files or a stream."""
+        settings, processor = self.settings, processor or self.processor
+        columns, crop = (self.data.image_column, self.data.label_column), None
+        if settings.crop == "random_resized":
+            options = settings.seed, settings.crop_scale, settings.crop_ratio
+            crop = RandomResizedCrop.for_processor(processor, *options)
+        if not isinstance(self.data.train, datasets.IterableDataset):
+            repeats = settings.repeated_augmentation
+            return ImageDataset(self.data.train, processor, *columns, num_labels, crop=crop, repeats=repeats)
+        read = LabelledImages(processor, *columns, num_labels, crop)
+        return ImageStream(self.data.train, self.data.num_train, read, settings.seed, settings.shuffle_buffer_size)
 
     def calibration(self, num_labels: int) -> CalibrationSet:
         """The calibration images: seeded, from the training split."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -24,7 +25,7 @@ class RandomResizedCrop:
     A random part of the image, of random area and aspect ratio, resized to the model's input size ("Inception" crop).
 
     As in torchvision: area and ratio are drawn up to ten times until the box lies inside the image; otherwise the
-    largest box in its middle with an allowed ratio is taken. There is no state: the draws depend on (seed, index,
+    largest box in its middle with an allowed ratio is taken. There is no state: the draws depend on (seed, image,
     epoch, repeat) alone, whichever worker makes them and whatever was drawn before.
 
     Args:
@@ -51,7 +52,7 @@ class RandomResizedCrop:
     @classmethod
     def for_processor(cls, processor: PilBackend, seed: int, scale: float, ratio: float) -> RandomResizedCrop:
         """The crop to the size that `processor` brings images to, with its interpolation."""
-        return cls(seed, *input_size(processor), int(processor.resample), scale, ratio)
+        return cls(seed, *input_size(processor), int(cast(Any, processor).resample), scale, ratio)
 
     def box(self, width: int, height: int, draw: Draw) -> Box:
         """The part (left, upper, right, lower) of an image of `width` x `height` pixels."""
@@ -84,10 +85,11 @@ def input_size(processor: PilBackend) -> tuple[int, int]:
     Raises:
         `ValueError`: where its results have no one size.
     """
-    size = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else None
+    found = cast(Any, processor)
+    size = found.crop_size if found.do_center_crop else found.size if found.do_resize else None
     if size is None or not size.height or not size.width:
         raise ValueError(
-            f"`processor` brings images to no one size (do_resize={processor.do_resize}, size={processor.size}), so "
+            f"`processor` brings images to no one size (do_resize={found.do_resize}, size={found.size}), so "
             "there is none to resize a crop to. Take a processor with the model's height and width, or no crop."
         )
     return size.height, size.width

@@ -13,14 +13,28 @@ class Draw(NamedTuple):
     One appearance of an image in training.
 
     Args:
-        index (`int`): Which image: its row in the data set, or its place in the epoch's stream.
+        image (`int`): Which image: its row in the data set, or its place in the epoch's stream.
         epoch (`int`): In which epoch, from 0.
         repeat (`int`, *optional*, defaults to 0): Which of the image's appearances in the epoch.
     """
 
-    index: int
+    image: int
     epoch: int
     repeat: int = 0
+
+
+class DrawnDataset(torch.utils.data.Dataset):
+    """
+    Map-style training data that are asked for by [`Draw`]s, and so can draw anew for every appearance of an image.
+
+    Attributes:
+        repeats (`int`): How often each image drawn for an epoch appears in it (see [`EpochSampler`]).
+    """
+
+    repeats: int = 1
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
 class EpochSampler(torch.utils.data.Sampler):

@@ -18,6 +18,7 @@ from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
 
 
+CROPS = ("none", "random_resized")
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
 DEFAULT_RECIPE = "digits"
 
@@ -54,6 +55,9 @@ class Settings:
     eval_split: str | None = option(None, "Split that evaluates.")
     max_train_samples: int | None = option(None, "Take a sample of so many training images.")
     max_eval_samples: int | None = option(None, "Take a sample of so many evaluation images.")
+    streaming: bool = option(False, "Stream the training images instead of loading them.")
+    train_images: int | None = option(None, "How many images a stream has, where nothing else says so.")
+    shuffle_buffer_size: int = option(1000, "Images that a stream is mixed in, held by every loader process.")
 
     num_calibration: int = option(512, "Images that entropies and scores are measured on.")
     calibration_batch_size: int = option(64, "Images a forward there.")
@@ -88,11 +92,16 @@ class Settings:
     weight_decay: float = option(0.05, "Weight decay, but for biases, norms, class token, positions.")
     label_smoothing: float = option(0.1, "Label smoothing.")
     drop_path_rate: float = option(0.0, "Stochastic depth.")
+    crop: str = option("none", "Random part of training images, resized, or the whole.", choices=CROPS)
+    crop_scale: float = option(0.08, "Smallest share of an image's area that a crop takes.")
+    crop_ratio: float = option(4 / 3, "Largest ratio of a crop's width to its height; the smallest is its inverse.")
+    repeated_augmentation: int = option(1, "How often an image of an epoch appears in it, beside itself.")
     shift: int = option(0, "Training images are shifted by up to so many pixels.")
     flip: bool = option(False, "Training images are mirrored half of the time.")
     bf16: bool = option(False, "Train in bfloat16.")
     gradient_checkpointing: bool = option(False, "Trade time for memory in training.")
     num_workers: int = option(0, "Loader processes.")
+    prefetch_factor: int | None = option(None, "Batches that each of them makes ahead; 2 by default.")
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
     logging_steps: int = option(20, "Steps between log lines.")
@@ -116,6 +125,24 @@ class Settings:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
         if not self.is_trained and self.feature_compensation:
             raise ValueError("feature_compensation needs training: set steps or epochs. Untrained, it ends at chance.")
+        self.check_loading()
+
+    def check_loading(self) -> None:
+        """Refuses, by name, what a stream, a crop or a loader without processes cannot do."""
+        if self.streaming and self.repeated_augmentation > 1:
+            raise ValueError(
+                "repeated_augmentation asks for images by their numbers, which a stream has not: load them."
+            )
+        if self.streaming and self.max_train_samples is not None:
+            raise ValueError("max_train_samples takes images from all over a split, which a stream has not: load it.")
+        if self.train_images is not None and not self.streaming:
+            raise ValueError("train_images tells the length of a stream: leave it out, or set streaming.")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale must be in (0, 1], got {self.crop_scale}.")
+        if not 1 <= self.crop_ratio < math.inf:
+            raise ValueError(f"crop_ratio must be at least 1, got {self.crop_ratio}.")
+        if self.prefetch_factor is not None and self.num_workers == 0:
+            raise ValueError("prefetch_factor is of loader processes: set num_workers, or leave it out.")
 
     def check_numbers(self) -> None:
         """Refuses, by name, numbers out of range."""
@@ -172,13 +199,14 @@ class Settings:
 
 OF_TRAINING = (
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
-    "shift flip bf16 gradient_checkpointing eval_steps"
+    "shift flip bf16 gradient_checkpointing eval_steps "
+    "crop crop_scale crop_ratio repeated_augmentation shuffle_buffer_size"
 )
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
     "prepare": (
         "seed model base_model_id dataset dataset_id image_column label_column train_split eval_split "
-        f"max_train_samples max_eval_samples dense_steps drop_path_rate {OF_TRAINING}"
+        f"max_train_samples max_eval_samples streaming train_images dense_steps drop_path_rate {OF_TRAINING}"
     ),
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
@@ -189,6 +217,7 @@ DEPENDS = {
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
 POSITIVE = (
+    *("train_images", "shuffle_buffer_size", "repeated_augmentation", "prefetch_factor"),
     *("num_removed", "max_train_samples", "max_eval_samples"),
     *("num_calibration", "calibration_batch_size", "beam_width", "batch_size", "gradient_accumulation_steps"),
     *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size"),

@@ -27,7 +27,7 @@ class DatasetSpec:
     void: int | None = None
 
 
-# Looked up in the data sets' cards. The scripts of zhoubolei/scene_parse_150 no longer load; merve's is a parquet copy.
+# As their cards say. The script of zhoubolei/scene_parse_150 no longer loads; merve's is a copy in parquet.
 SPECS = {
     "ILSVRC/imagenet-1k": DatasetSpec("image", "label"),
     "uoft-cs/cifar10": DatasetSpec("img", "label"),

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -19,15 +19,17 @@ from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkp
 from .files import manifest_error
 from .images import ImageDataset
 from .launch import check_launch
+from .loading import LoadingTrainer
 from .metrics import TopKAccuracy, top5_ids
 from .modeling_nose_vit import nose_vit
 from .settings import Settings
+from .streams import ImageStream
 
 
 logger = logging.getLogger(__name__)
 
 
-class NoseTrainer(Trainer):
+class NoseTrainer(LoadingTrainer):
     """
     A [`~transformers.Trainer`] for NoseViT, dense or diluted.
 
@@ -212,6 +214,7 @@ def training_arguments(
         save_steps=settings.save_steps,
         save_total_limit=2,
         dataloader_num_workers=settings.num_workers,
+        dataloader_prefetch_factor=settings.prefetch_factor,
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         use_cpu=on_cpu,
@@ -222,7 +225,7 @@ def training_arguments(
 
 def fit(
     model: PreTrainedModel,
-    train: ImageDataset,
+    train: ImageDataset | ImageStream,
     evaluation: ImageDataset,
     args: TrainingArguments,
     augmentation: BatchAugmentation | None = None,

@@ -19,7 +19,7 @@ from hf_nose.settings import (
 
 
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = {"device", "num_workers", "save_steps", "logging_steps"}
+NO_RESULT = {"device", "num_workers", "prefetch_factor", "save_steps", "logging_steps"}
 
 
 def recipe(tmp_path, **values):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_nose.splits import choose_splits, digits, find_image_column, find_label_column, find_source
+from hf_nose.sources import digits, find_source
+from hf_nose.splits import choose_splits, find_image_column, find_label_column
 
 
 CLASSES = ["cat", "dog"]
