@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import datasets
 import torch
@@ -79,23 +79,31 @@ class RunContext:
         """The dense model's image processor."""
         return load_processor(self.folder / "dense")
 
-    def images(self, num_labels: int, processor: PilBackend | None = None) -> ImageDataset:
-        """Processed evaluation images."""
-        columns = self.data.image_column, self.data.label_column
-        return ImageDataset(self.data.evaluation, processor or self.processor, *columns, num_labels=num_labels)
+    @overload
+    def images(
+        self, split: Literal["evaluation"], num_labels: int, processor: PilBackend | None = None
+    ) -> ImageDataset: ...
 
-    def training_images(self, num_labels: int, processor: PilBackend | None = None) -> ImageDataset | ImageStream:
-        """Training images, cropped as the settings say, from memory, files or a stream."""
-        settings, processor = self.settings, processor or self.processor
-        columns, crop = (self.data.image_column, self.data.label_column), None
+    @overload
+    def images(
+        self, split: Literal["train"], num_labels: int, processor: PilBackend | None = None
+    ) -> ImageDataset | ImageStream: ...
+
+    def images(self, split: str, num_labels: int, processor: PilBackend | None = None) -> ImageDataset | ImageStream:
+        """Processed images of `"train"`, cropped, repeated or streamed as the settings say, or `"evaluation"`."""
+        settings, processor = self.settings, self.processor if processor is None else processor
+        columns = self.data.image_column, self.data.label_column
+        if split == "evaluation":
+            return ImageDataset(self.data.evaluation, processor, *columns, num_labels=num_labels)
+        crop, rows = None, self.data.train
         if settings.crop == "random_resized":
             options = settings.seed, settings.crop_scale, settings.crop_ratio
             crop = RandomResizedCrop.for_processor(processor, *options)
-        if not isinstance(self.data.train, datasets.IterableDataset):
-            repeats = settings.repeated_augmentation
-            return ImageDataset(self.data.train, processor, *columns, num_labels, crop=crop, repeats=repeats)
-        read = LabelledImages(processor, *columns, num_labels, crop)
-        return ImageStream(self.data.train, self.data.num_train, read, settings.seed, settings.shuffle_buffer_size)
+        if isinstance(rows, datasets.IterableDataset):
+            read = LabelledImages(processor, *columns, num_labels, crop)
+            return ImageStream(rows, self.data.num_train, read, settings.seed, settings.shuffle_buffer_size)
+        repeats = settings.repeated_augmentation
+        return ImageDataset(rows, processor, *columns, num_labels=num_labels, crop=crop, repeats=repeats)
 
     def calibration(self, num_labels: int) -> CalibrationSet:
         """The calibration images: seeded, from the training split."""

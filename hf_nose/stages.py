@@ -31,11 +31,11 @@ def prepare(run: RunContext) -> dict[str, Any]:
     if "select" in settings.stage_list:
         # Refused here, not after the dense training.
         planned_layers(settings, model.config)
-    evaluation = run.images(model.num_labels, processor)
+    evaluation = run.images("evaluation", model.num_labels, processor)
     training = None
     if settings.dense_steps:
         run.say(f"Training the dense model for {settings.dense_steps} steps")
-        train = run.training_images(model.num_labels, processor)
+        train = run.images("train", model.num_labels, processor)
         args = training_arguments(
             settings, run.folder / "training" / "dense", settings.dense_steps, None, run.device.type == "cpu"
         )
@@ -131,7 +131,7 @@ def dilute(run: RunContext) -> dict[str, Any]:
         "control": None,
     }
     if settings.is_trained:
-        train, evaluation = run.training_images(model.num_labels), run.images(model.num_labels)
+        train, evaluation = run.images("train", model.num_labels), run.images("evaluation", model.num_labels)
         callback = DilutionCallback(settings.schedule, settings.decay, settings.unit)
         arms: list[tuple[str, NoseViTForImageClassification, list]] = [("dilution", model, [callback])]
         if settings.control:
@@ -157,7 +157,7 @@ def fold_stage(run: RunContext) -> dict[str, Any]:
     """Removes the diluted attention and divides the doubling out, checked on evaluation images."""
     model = run.load("diluted")
     folded = fold(model)
-    images = run.images(model.num_labels)
+    images = run.images("evaluation", model.num_labels)
     count = min(len(images), run.settings.eval_batch_size)
     pixel_values = torch.stack([images[index]["pixel_values"] for index in range(count)]).to(run.device)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def evaluate(run: RunContext) -> dict[str, Any]:
     if run.read("dilute")["control"] is None:
         del names["dense_control"]
     models = {name: run.load(folder) for name, folder in names.items()}
-    images = run.images(models["dense"].num_labels)
+    images = run.images("evaluation", models["dense"].num_labels)
 
     def measure(model: NoseViTForImageClassification, what: str) -> dict[str, Any]:
         with Progress(ImageBatches(images, settings.eval_batch_size), what, disable=not run.is_main) as batches:
