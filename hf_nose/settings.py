@@ -130,13 +130,7 @@ class Settings:
     def check_loading(self) -> None:
         """Refuses, by name, what a stream, a crop or a loader without processes cannot do."""
         if self.streaming and self.repeated_augmentation > 1:
-            raise ValueError(
-                "repeated_augmentation asks for images by their numbers, which a stream has not: load them."
-            )
-        if self.streaming and self.max_train_samples is not None:
-            raise ValueError("max_train_samples takes images from all over a split, which a stream has not: load it.")
-        if self.train_images is not None and not self.streaming:
-            raise ValueError("train_images tells the length of a stream: leave it out, or set streaming.")
+            raise ValueError("repeated_augmentation asks for images again, which a stream cannot: switch one off.")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"crop_scale must be in (0, 1], got {self.crop_scale}.")
         if not 1 <= self.crop_ratio < math.inf:

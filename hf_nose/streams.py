@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -25,8 +25,8 @@ ROWS = 16
 class Reader(Protocol):
     """Makes an item of a row: what a model is fed."""
 
-    image_columns: Sequence[str]
-    other_columns: Sequence[str]
+    image_columns: list[str]
+    other_columns: list[str]
 
     def __call__(self, row: Mapping[str, Any], draw: Draw, describe: Callable[[], str]) -> dict[str, Any]:
         """The item; `ValueError` naming the row, by what `describe` says, where there is none to make."""
