@@ -39,6 +39,7 @@ def training_arguments(
         save_steps=settings.save_steps,
         save_total_limit=2,
         dataloader_num_workers=settings.num_workers,
+        dataloader_prefetch_factor=settings.prefetch_factor,
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         use_cpu=on_cpu,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Generic
+from typing import Any, Generic, Literal, overload
 
+import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -16,7 +17,9 @@ from transformers.image_processing_backends import PilBackend
 
 from .arguments import training_arguments, training_words
 from .augmentation import BatchAugmentation, normalisation
-from .data import CalibrationSet, ImageData, calibration_batches, load_image_data
+from .calibration import CalibrationSet, calibration_batches
+from .crops import RandomResizedCrop
+from .data import ImageData, load_image_data
 from .distillation import Distiller
 from .files import put_back, read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
@@ -27,6 +30,7 @@ from .optimization import check_data_size, check_precision
 from .processes import place
 from .records import RECORDS
 from .settings import Options, Settings
+from .streams import ImageStream, LabelledImages
 from .training import fit
 from .weights import load_classifier
 
@@ -63,6 +67,9 @@ class Job(Generic[Options]):
             eval_split=settings.eval_split,
             max_train_samples=settings.max_train_samples,
             max_eval_samples=settings.max_eval_samples,
+            dataset_id=settings.dataset_id,
+            streaming=settings.streaming,
+            train_images=settings.train_images,
         )
 
     @cached_property
@@ -70,11 +77,31 @@ class Job(Generic[Options]):
         """The dense model's image processor."""
         return load_processor(self.folder / "dense")
 
-    def images(self, split: str, num_labels: int, processor: PilBackend | None = None) -> ImageDataset:
-        """Processed images of `"train"` or `"evaluation"`."""
-        rows = self.data.train if split == "train" else self.data.evaluation
+    @overload
+    def images(
+        self, split: Literal["evaluation"], num_labels: int, processor: PilBackend | None = None
+    ) -> ImageDataset: ...
+
+    @overload
+    def images(
+        self, split: Literal["train"], num_labels: int, processor: PilBackend | None = None
+    ) -> ImageDataset | ImageStream: ...
+
+    def images(self, split: str, num_labels: int, processor: PilBackend | None = None) -> ImageDataset | ImageStream:
+        """Processed images of `"train"`, cropped, repeated or streamed as the settings say, or `"evaluation"`."""
+        settings, processor = self.settings, self.processor if processor is None else processor
         columns = self.data.image_column, self.data.label_column
-        return ImageDataset(rows, self.processor if processor is None else processor, *columns, num_labels=num_labels)
+        if split == "evaluation":
+            return ImageDataset(self.data.evaluation, processor, *columns, num_labels=num_labels)
+        crop, rows = None, self.data.train
+        if settings.crop == "random_resized":
+            options = settings.seed, settings.crop_scale, settings.crop_ratio
+            crop = RandomResizedCrop.for_processor(processor, *options)
+        if isinstance(rows, datasets.IterableDataset):
+            read = LabelledImages(processor, *columns, num_labels, crop)
+            return ImageStream(rows, self.data.num_train, read, settings.seed, settings.shuffle_buffer_size)
+        repeats = settings.repeated_augmentation
+        return ImageDataset(rows, processor, *columns, num_labels=num_labels, crop=crop, repeats=repeats)
 
     def augmentation(self, processor: PilBackend | None = None) -> BatchAugmentation:
         """What training images go through on their way into the model."""
@@ -94,10 +121,9 @@ class Job(Generic[Options]):
     def check_training(self, processor: PilBackend | None = None) -> None:
         """Refuses a training that cannot be, before anything is trained: too few images, a missing package."""
         self.augmentation(processor)
-        assert self.data.train is not None
         settings = self.settings
         check_data_size(
-            len(self.data.train),
+            self.data.num_train,
             settings.batch_size * settings.gradient_accumulation_steps * self.state.num_processes,
         )
 

@@ -1,22 +1,17 @@
-"""Image classification data: where it comes from, which split serves what, and the calibration images."""
+"""Image classification data: where it comes from, and which split serves what."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from typing import cast
 
 import datasets
 import numpy as np
-from transformers.image_processing_backends import PilBackend
 
-from .images import ROW_COLUMN, ImageBatches, ImageDataset
-from .splits import choose_splits, find_image_column, find_label_column, load_splits
-
-
-# Images that a stream is shuffled through before calibration images are taken from it.
-SHUFFLE_BUFFER = 4096
-# Calibration images are gone through many times, so more of them are kept in memory than of an ordinary data set.
-CALIBRATION_BYTES = 2**30
+from .images import ROW_COLUMN, Rows, undecoded
+from .sources import Source, find_source
+from .specs import find_spec
+from .splits import choose_splits, find_image_column, find_label_column
 
 
 @dataclass(frozen=True)
@@ -25,13 +20,14 @@ class ImageData:
     A data set ready for use: images undecoded, training images apart from evaluation images.
 
     Args:
-        train (`datasets.Dataset`, *optional*): Training images; `None` where only evaluation was asked for. A
-            `datasets.IterableDataset` may stand here for [`calibration_batches`].
+        train (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): Training images, a stream where that was
+            asked for; `None` where only evaluation was.
         evaluation (`datasets.Dataset`): Evaluation images.
         image_column (`str`): Column of images, of type `datasets.Image(decode=False)`.
         label_column (`str`): Column of integer labels.
         class_names (`list[str]`, *optional*): Names of the classes where the data set has them.
         notes (`list[str]`): What a reader of the results has to know about the splits.
+        stream_length (`int`, *optional*): How many images there are in a stream.
     """
 
     train: datasets.Dataset | datasets.IterableDataset | None
@@ -40,28 +36,14 @@ class ImageData:
     label_column: str
     class_names: list[str] | None
     notes: list[str]
+    stream_length: int | None = None
 
-
-class CalibrationSet(ImageBatches):
-    """
-    Calibration images as batches that can be gone through again and again (see [`calibration_batches`]).
-
-    Attributes:
-        num_images (`int`): How many images there are.
-        sha256 (`str`): Hash over size, RGB pixels and label of every image, in order, before processing.
-        notes (`list[str]`): What a reader of the results has to know.
-    """
-
-    def __init__(self, dataset: ImageDataset, batch_size: int, notes: list[str]) -> None:
-        super().__init__(dataset, batch_size)
-        self.notes = notes
-        self.num_images = len(dataset)
-        digest = hashlib.sha256()
-        for index, label in enumerate(dataset.labels):
-            image = dataset.decode(index)
-            digest.update(f"{image.width}x{image.height} RGB {label}\n".encode())
-            digest.update(image.tobytes())
-        self.sha256 = digest.hexdigest()
+    @property
+    def num_train(self) -> int:
+        """Number of training images."""
+        if self.stream_length is not None:
+            return self.stream_length
+        return 0 if self.train is None else len(self.train)
 
 
 def load_image_data(
@@ -75,6 +57,9 @@ def load_image_data(
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
     evaluation_only: bool = False,
+    dataset_id: str | None = None,
+    streaming: bool = False,
+    train_images: int | None = None,
 ) -> ImageData:
     """
     Loads an image classification data set and decides which images train and which evaluate.
@@ -84,10 +69,12 @@ def load_image_data(
             `"digits"` (1,797 handwritten digits of 8x8 pixels that come with scikit-learn; 450 of them evaluate, the
             same ones whatever the seed, so that no seed's model has seen them), a parquet file, a folder of parquet
             files, a folder of images with a subfolder per class, a folder written by `save_to_disk`, or a Hub id.
+            Of parquet files only the splits that are used are fetched.
         image_column (`str`, *optional*):
-            By default the column of type image.
+            By default that of the data set's [`DatasetSpec`] if it has one, otherwise the column of type image.
         label_column (`str`, *optional*):
-            By default the column of type class label, or of integers and named label, labels or fine_label.
+            By default that of the [`DatasetSpec`], otherwise the column of type class label, or of integers and named
+            label, labels or fine_label.
         seed (`int`, *optional*, defaults to 0):
             Seed of the split in two of a data set with one split, and of the samples below.
         train_split (`str`, *optional*):
@@ -101,108 +88,121 @@ def load_image_data(
             Take a random sample of so many evaluation images.
         evaluation_only (`bool`, *optional*, defaults to `False`):
             Evaluate on the whole evaluation split (of one split: all of it) and leave `train` empty.
+        dataset_id (`str`, *optional*):
+            Hub id of the data set that `dataset` is a local copy of, which says how it is laid out.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Stream the training images instead of loading them. Evaluation images are loaded all the same.
+        train_images (`int`, *optional*):
+            How many there are in the stream, where neither the data set's card nor its files say so.
 
     Raises:
         `ValueError`: where nothing can be loaded, a split or column is missing or ambiguous, labels are not integers,
-            or a sample size is below 1.
+            or a sample size is below 1; of a stream, where it is the evaluation split too, was to be sampled, or its
+            length is unknown.
     """
-    for argument, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{argument}` must be 1 or more, got {value}. Leave it out to take all images.")
-    splits = load_splits(dataset)
-    train_name, eval_name = choose_splits(list(splits), train_split, eval_split, evaluation_only)
-    features = splits[eval_name].features
-    image_column = find_image_column(features, image_column)
-    label_column = find_label_column(features, label_column)
+    check_sizes(max_train_samples, max_eval_samples, train_images, streaming)
+    source = find_source(dataset)
+    train_name, eval_name = choose_splits(source.splits, train_split, eval_split, evaluation_only)
+    loaded = source.load(eval_name)
+    features, spec = loaded.features, find_spec(dataset, dataset_id)
+    if spec is not None:
+        image_column, label_column = image_column or spec.image_column, label_column or spec.label_column
+    columns = find_image_column(features, image_column), find_label_column(features, label_column)
 
-    def take(name: str) -> datasets.Dataset:
-        split = splits[name]
-        missing = [column for column in (image_column, label_column) if column not in split.column_names]
-        if missing:
-            raise ValueError(f"Split {name!r} has no column {missing[0]!r}. Columns found: {split.column_names}.")
-        if split.features[label_column] != features[label_column]:
-            raise ValueError(
-                f"Splits {name!r} and {eval_name!r} number the classes of column {label_column!r} differently: "
-                f"{split.features[label_column]} and {features[label_column]}. Give both the same classes."
-            )
-        split = split.select_columns([image_column, label_column])
-        split = split.cast_column(image_column, datasets.Image(decode=False))
-        return split.add_column(ROW_COLUMN, np.arange(len(split)))
+    def take(name: str, rows: Rows) -> Rows:
+        check_columns(rows.features, name, columns, features, eval_name)
+        return undecoded(rows, columns[:1], columns[1:])
 
     notes = []
-    train, evaluation = None, take(eval_name)
+    train: datasets.Dataset | datasets.IterableDataset | None = None
+    length, evaluation = None, numbered(take(eval_name, loaded))
     if evaluation_only and eval_name in ("train", train_split):
         notes.append(f"evaluated on all images of {eval_name!r}, the training split")
     elif train_name == eval_name:
-        if len(evaluation) < 2:
-            raise ValueError(f"Split {eval_name!r} has {len(evaluation)} image(s), too few to divide it in two.")
-        order = np.random.default_rng(seed).permutation(len(evaluation))
-        middle = len(evaluation) - len(evaluation) // 2
-        train, evaluation = (evaluation.select(np.sort(half)) for half in (order[:middle], order[middle:]))
+        train, evaluation = halves(evaluation, eval_name, seed, streaming)
         notes.append(
             f"one split only: {eval_name!r} was divided at random with seed {seed} into {len(train)} training and "
             f"{len(evaluation)} evaluation images"
         )
+    elif train_name is not None and streaming:
+        stream, length = measured_stream(source, train_name, train_images)
+        train = take(train_name, stream)
     elif train_name is not None:
-        train = take(train_name)
+        train = numbered(take(train_name, source.load(train_name)))
 
-    label_feature = features[label_column]
+    classes = features[columns[1]]
     return ImageData(
-        train=None if train is None else sample(train, max_train_samples, seed),
+        train=sample(train, max_train_samples, seed) if isinstance(train, datasets.Dataset) else train,
         evaluation=sample(evaluation, max_eval_samples, seed),
-        image_column=image_column,
-        label_column=label_column,
-        class_names=list(label_feature.names) if isinstance(label_feature, datasets.ClassLabel) else None,
+        image_column=columns[0],
+        label_column=columns[1],
+        class_names=list(classes.names) if isinstance(classes, datasets.ClassLabel) else None,
         notes=notes,
+        stream_length=length,
     )
 
 
-def calibration_batches(
-    data: ImageData, processor: PilBackend, num_images: int, batch_size: int, seed: int, num_labels: int
-) -> CalibrationSet:
-    """
-    Draws the calibration images: a seeded, class-mixed sample of the training split, never of the evaluation images.
+def check_sizes(train: int | None, evaluation: int | None, train_images: int | None, streaming: bool) -> None:
+    """Refuses, by name, numbers of images that cannot be taken."""
+    sizes = {"max_train_samples": train, "max_eval_samples": evaluation, "train_images": train_images}
+    for argument, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{argument}` must be 1 or more, got {value}. Leave it out to take all images.")
+    if streaming and train is not None:
+        raise ValueError("`max_train_samples` takes images from all over a split, which a stream has not: load it.")
+    if train_images is not None and not streaming:
+        raise ValueError("`train_images` tells the length of a stream: leave it out, or stream the training images.")
 
-    A streamed training split goes through a shuffle buffer. With the same seed, fewer images are the first of more
-    (streams excepted).
 
-    Args:
-        data (`ImageData`): The data set.
-        processor (`PilBackend`): The checkpoint's image processor.
-        num_images (`int`): How many images; where there are fewer, all are taken and a note says so.
-        batch_size (`int`): Images a batch.
-        seed (`int`): Seed of the sample.
-        num_labels (`int`): Number of classes of the model.
-
-    Raises:
-        `ValueError`: where the set would be empty, or as [`ImageDataset`] does.
-    """
-    if num_images < 1:
-        raise ValueError(f"`num_images` must be 1 or more, got {num_images}: the calibration set would be empty.")
-    if isinstance(data.train, datasets.IterableDataset):
-        stream = data.train.cast_column(data.image_column, datasets.Image(decode=False))
-        stream = stream.shuffle(seed=seed, buffer_size=max(SHUFFLE_BUFFER, num_images))
-        columns = (data.image_column, data.label_column)
-        rows = [{column: row[column] for column in columns} for row in stream.take(num_images)]
-        features = datasets.Features(
-            {data.image_column: datasets.Image(decode=False), data.label_column: datasets.Value("int64")}
-        )
-        chosen = datasets.Dataset.from_list(rows, features=features, split=datasets.Split("calibration"))
-    elif data.train is not None:
-        order = np.random.default_rng(seed).permutation(len(data.train))
-        chosen = data.train.select(order[:num_images])
-    if data.train is None or len(chosen) == 0:
+def check_columns(
+    found: datasets.Features, name: str, columns: tuple[str, str], expected: datasets.Features, eval_name: str
+) -> None:
+    """`ValueError` where a split lacks one of the columns, or numbers the classes unlike the evaluation split."""
+    missing = [column for column in columns if column not in found]
+    if missing:
+        raise ValueError(f"Split {name!r} has no column {missing[0]!r}. Columns found: {list(found)}.")
+    label = columns[1]
+    if found[label] != expected[label]:
         raise ValueError(
-            "`data` has no training images, so the calibration set would be empty. Calibration images come from the "
-            "training split; load a data set that has one."
+            f"Splits {name!r} and {eval_name!r} number the classes of column {label!r} differently: "
+            f"{found[label]} and {expected[label]}. Give both the same classes."
         )
-    notes = []
-    if len(chosen) < num_images:
-        notes.append(f"{num_images} calibration images were asked for; all {len(chosen)} training images were taken")
-    images = ImageDataset(
-        chosen, processor, data.image_column, data.label_column, num_labels, max_bytes=CALIBRATION_BYTES
-    )
-    return CalibrationSet(images, batch_size, notes)
+
+
+def halves(
+    split: datasets.Dataset, name: str, seed: int, streaming: bool
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The two halves of a split that has to train and to evaluate, drawn at random, in the split's order."""
+    if streaming:
+        raise ValueError(
+            f"Split {name!r} would train and evaluate, but a stream cannot be divided in two. Give another "
+            "`eval_split`, or load the training images."
+        )
+    if len(split) < 2:
+        raise ValueError(f"Split {name!r} has {len(split)} image(s), too few to divide it in two.")
+    order = np.random.default_rng(seed).permutation(len(split))
+    middle = len(split) - len(split) // 2
+    return split.select(np.sort(order[:middle])), split.select(np.sort(order[middle:]))
+
+
+def numbered(split: datasets.Dataset) -> datasets.Dataset:
+    """The split with the numbers of its rows, which outlive a sample."""
+    return split.add_column(ROW_COLUMN, np.arange(len(split)))
+
+
+def measured_stream(source: Source, split: str, length: int | None) -> tuple[datasets.IterableDataset, int]:
+    """The stream of a split and its length: as found or, where nothing says it, as given."""
+    stream, found = source.stream(split)
+    if found is None and length is None:
+        raise ValueError(
+            f"`train_images`: nothing tells how many images split {split!r} of {source.dataset!r} has, so a stream of "
+            "it has no epochs. Give their number, or load the training images."
+        )
+    if found is not None and length not in (None, found):
+        raise ValueError(f"`train_images`: split {split!r} of {source.dataset!r} has {found} images, got {length}.")
+    if stream.features is None:
+        raise ValueError(f"`dataset`: the files of {source.dataset!r} do not tell their columns: load them instead.")
+    return stream, found or cast(int, length)
 
 
 def sample(split: datasets.Dataset, size: int | None, seed: int) -> datasets.Dataset:

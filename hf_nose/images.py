@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -13,6 +15,11 @@ from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 
+from .crops import RandomResizedCrop
+from .sampling import Draw, DrawnDataset
+
+
+Rows = TypeVar("Rows", datasets.Dataset, datasets.IterableDataset)
 
 # Names the row of the split as it was loaded, before a split in two or a sample renumbered it.
 ROW_COLUMN = "row_in_split"
@@ -39,6 +46,75 @@ def decode_image(value: dict[str, Any]) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns at the direct way, which gives the same colours
     return image.convert("RGB")
+
+
+def undecoded(rows: Rows, images: Sequence[str], others: Sequence[str]) -> Rows:
+    """Those columns of a data set or stream, with the images as they are stored."""
+    rows = rows.select_columns([*images, *others])
+    for column in images:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def name_row(row: int, split: datasets.Split | None) -> str:
+    """A row in a message: its number in its split, from 0."""
+    return f"Row {row}" if split is None else f"Row {row} of split {str(split)!r}"
+
+
+def read_image(
+    row: Mapping[str, Any],
+    column: str,
+    describe: Callable[[], str],
+    decode: Callable[[dict[str, Any]], Image.Image] = decode_image,
+) -> Image.Image:
+    """
+    Decodes the image in a column of a row.
+
+    Raises:
+        `ValueError`: where there is none, or it cannot be read, naming the row by what `describe` says.
+    """
+    value = row[column]
+    if value is None:
+        raise ValueError(f"{describe()} has no image in column {column!r}.")
+    try:
+        return decode(value)
+    except Exception as error:  # Pillow's decoders raise nearly anything at broken files
+        file = "" if value["path"] is None else f" ({value['path']})"
+        raise ValueError(
+            f"{describe()}: the image in column {column!r}{file} cannot be read: {error}. Repair or remove the row."
+        ) from error
+
+
+def check_label(label: int | None, num_labels: int | None, column: str, describe: Callable[[], str]) -> None:
+    """`ValueError` naming the row where a label lies outside the classes (of which `None` means any number)."""
+    if label is None or label < 0 or (num_labels is not None and label >= num_labels):
+        valid = "0 or more" if num_labels is None else f"between 0 and {num_labels - 1}"
+        raise ValueError(
+            f"{describe()} has label {label} in column {column!r}; labels must be {valid}. Choose another label "
+            "column or split, or a model with as many classes as the data set."
+        )
+
+
+def prepare_images(
+    images: Sequence[Image.Image],
+    processor: PilBackend,
+    crop: RandomResizedCrop | None = None,
+    draws: Sequence[Draw] = (),
+) -> list[np.ndarray]:
+    """What a model is fed of RGB images, (3, height, width) each: brought to size by `crop`, or by the processor."""
+    if crop is None:
+        return processor(list(images))["pixel_values"]
+    cut = [crop(image, draw) for image, draw in zip(images, draws, strict=True)]
+    return processor(cut, do_resize=False, do_center_crop=False)["pixel_values"]
+
+
+def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], describe: Callable[[], str]) -> None:
+    """`ValueError` naming the row of an image that has another shape than those before it."""
+    if shape != expected:
+        raise ValueError(
+            f"{describe()} has shape {shape} after processing, others {expected}. Use an image processor that resizes "
+            "or crops all images to one size."
+        )
 
 
 def load_processor(model: str | Path) -> PilBackend:
@@ -75,12 +151,12 @@ def digits_processor() -> PilBackend:
     )
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset(DrawnDataset):
     """
-    Processed images of one split, the same at every access.
+    Processed images of one split, the same at every access, unless `crop` draws another part of them in every epoch.
 
     Where they fit into `max_bytes`, all images are decoded and processed once, in the constructor (in the parent
-    process, so that forked loader workers share them), and kept as one float32 tensor.
+    process, so that forked loader workers share them), and kept as one float32 tensor. With `crop` none is kept.
 
     Args:
         hf_dataset (`datasets.Dataset`):
@@ -95,6 +171,10 @@ class ImageDataset(torch.utils.data.Dataset):
             Number of classes of the model. By default the number of class names where the column has them.
         max_bytes (`int`, *optional*, defaults to 256 MiB):
             Largest size of the processed images to keep in memory.
+        crop (`RandomResizedCrop`, *optional*):
+            What cuts training images, instead of the processor's resize; items are then asked for by [`Draw`]s.
+        repeats (`int`, *optional*, defaults to 1):
+            How often each image drawn for an epoch appears in it (see [`EpochSampler`]).
 
     Items are `{"pixel_values": float32 tensor of shape (3, height, width), "labels": int}`.
 
@@ -111,21 +191,27 @@ class ImageDataset(torch.utils.data.Dataset):
         label_column: str,
         num_labels: int | None = None,
         max_bytes: int = 256 * 2**20,
+        crop: RandomResizedCrop | None = None,
+        repeats: int = 1,
     ) -> None:
         self.hf_dataset = hf_dataset.cast_column(image_column, datasets.Image(decode=False)).with_format(None)
         self.processor = processor
         self.image_column = image_column
         self.label_column = label_column
+        self.crop = crop
+        self.repeats = repeats
         feature = hf_dataset.features[label_column]
         if num_labels is None and isinstance(feature, datasets.ClassLabel):
             num_labels = feature.num_classes
-        self.labels = self._checked_labels(num_labels)
+        self.labels = self.hf_dataset[label_column][:]
+        for index, label in enumerate(self.labels):
+            check_label(label, num_labels, label_column, partial(self.describe_row, index))
 
         self.pixel_values: torch.Tensor | None = None
-        self.shape: torch.Size | None = None
-        if len(self) > 0:
-            self.shape = self._process([0]).shape[1:]
-            if len(self) * self.shape.numel() * 4 <= max_bytes:
+        self.shape: tuple[int, ...] | None = None
+        if len(self) > 0 and crop is None:
+            self.shape = tuple(self._process([0]).shape[1:])
+            if len(self) * math.prod(self.shape) * 4 <= max_bytes:
                 self.pixel_values = torch.cat(
                     [self._process(range(i, min(i + FILL, len(self)))) for i in range(0, len(self), FILL)]
                 )
@@ -133,49 +219,28 @@ class ImageDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.hf_dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pixel_values = self._process([index])[0] if self.pixel_values is None else self.pixel_values[index]
-        return {"pixel_values": pixel_values, "labels": self.labels[index]}
+    def __getitem__(self, index: int | Draw) -> dict[str, Any]:
+        row = index.image if isinstance(index, Draw) else index
+        if self.crop is not None and not isinstance(index, Draw):
+            raise ValueError(f"`index` must be a Draw, got {index!r}: an image is cropped anew in every epoch.")
+        pixel_values = self._process([index])[0] if self.pixel_values is None else self.pixel_values[row]
+        return {"pixel_values": pixel_values, "labels": self.labels[row]}
 
     def decode(self, index: int) -> Image.Image:
         """Decodes one image to RGB, unprocessed. Raises a `ValueError` naming split and row if it cannot be read."""
-        value = self.hf_dataset[int(index)][self.image_column]
-        if value is None:
-            raise ValueError(f"{self.describe_row(index)} has no image in column {self.image_column!r}.")
-        try:
-            return decode_image(value)
-        except Exception as error:  # Pillow's decoders raise nearly anything at broken files
-            file = "" if value["path"] is None else f" ({value['path']})"
-            raise ValueError(
-                f"{self.describe_row(index)}: the image in column {self.image_column!r}{file} cannot be read: {error}."
-                " Repair or remove the row."
-            ) from error
+        return read_image(self.hf_dataset[int(index)], self.image_column, lambda: self.describe_row(index))
 
     def describe_row(self, index: int) -> str:
         """Names a row for a message: its split and its number there, from 0."""
         row = self.hf_dataset[int(index)][ROW_COLUMN] if ROW_COLUMN in self.hf_dataset.column_names else int(index)
-        return f"Row {row}" if self.hf_dataset.split is None else f"Row {row} of split {str(self.hf_dataset.split)!r}"
+        return name_row(row, self.hf_dataset.split)
 
-    def _checked_labels(self, num_labels: int | None) -> list[int]:
-        labels = self.hf_dataset[self.label_column][:]
-        for index, label in enumerate(labels):
-            if label is None or label < 0 or (num_labels is not None and label >= num_labels):
-                valid = "0 or more" if num_labels is None else f"between 0 and {num_labels - 1}"
-                raise ValueError(
-                    f"{self.describe_row(index)} has label {label} in column {self.label_column!r}; labels must be "
-                    f"{valid}. Choose another label column or split, or a model with as many classes as the data set."
-                )
-        return labels
-
-    def _process(self, indices: Sequence[int]) -> torch.Tensor:
-        images = self.processor([self.decode(i) for i in indices])["pixel_values"]
-        for index, image in zip(indices, images, strict=True):
-            expected = images[0].shape if self.shape is None else tuple(self.shape)
-            if image.shape != expected:
-                raise ValueError(
-                    f"{self.describe_row(index)} has shape {image.shape} after processing, others {expected}. "
-                    "Use an image processor that resizes or crops all images to one size."
-                )
+    def _process(self, indices: Sequence[int | Draw]) -> torch.Tensor:
+        draws = [index for index in indices if isinstance(index, Draw)]
+        rows = [index.image if isinstance(index, Draw) else index for index in indices]
+        images = prepare_images([self.decode(row) for row in rows], self.processor, self.crop, draws)
+        for row, image in zip(rows, images, strict=True):
+            check_shape(image.shape, self.shape or images[0].shape, partial(self.describe_row, row))
         return torch.from_numpy(np.stack(images)).to(torch.float32)
 
 

@@ -241,8 +241,7 @@ def schedule_points(run: RunContext) -> str:
 def steps_per_epoch(run: RunContext) -> int:
     """Optimizer steps in which every training image is seen once."""
     settings = run.settings
-    assert run.data.train is not None
-    batches = math.ceil(len(run.data.train) / (settings.batch_size * run.state.num_processes))
+    batches = math.ceil(run.data.num_train / (settings.batch_size * run.state.num_processes))
     return math.ceil(batches / settings.gradient_accumulation_steps)
 
 

@@ -20,6 +20,7 @@ from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
 
 
+CROPS = ("none", "random_resized")
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
 # The matrices of a block.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -56,6 +57,9 @@ class JobOptions:
     eval_split: str | None = option(None, "Split that evaluates.")
     max_train_samples: int | None = option(None, "Take a sample of so many training images.")
     max_eval_samples: int | None = option(None, "Take a sample of so many evaluation images.")
+    streaming: bool = option(False, "Stream the training images instead of loading them.")
+    train_images: int | None = option(None, "How many images a stream has, where nothing else says so.")
+    shuffle_buffer_size: int = option(1000, "Images that a stream is mixed in, held by every loader process.")
 
 
 @dataclass
@@ -127,6 +131,10 @@ class TrainingOptions(JobOptions):
     drop_path_schedule: str = option(
         "linear", "Whether its rate rises from 0 block by block.", choices=("linear", "constant")
     )
+    crop: str = option("none", "Random part of training images, resized, or the whole.", choices=CROPS)
+    crop_scale: float = option(0.08, "Smallest share of an image's area that a crop takes.")
+    crop_ratio: float = option(4 / 3, "Largest ratio of a crop's width to its height; the smallest is its inverse.")
+    repeated_augmentation: int = option(1, "How often an image of an epoch appears in it, beside itself.")
     shift: int = option(0, "Training images are shifted by up to so many pixels.")
     flip: bool = option(False, "Training images are mirrored half of the time.")
     color_jitter: float = option(0.0, "Brightness, contrast and saturation change by up to this share.")
@@ -142,6 +150,7 @@ class TrainingOptions(JobOptions):
     lora_targets: str = option(",".join(LORA_TARGETS), "Matrices of the blocks that get LoRA, comma-separated.")
     torch_compile: bool = option(False, "Compile the model for training.")
     num_workers: int = option(0, "Loader processes.")
+    prefetch_factor: int | None = option(None, "Batches that each of them makes ahead; 2 by default.")
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
     logging_steps: int = option(20, "Steps between log lines.")
@@ -150,10 +159,22 @@ class TrainingOptions(JobOptions):
 
     def __post_init__(self) -> None:
         self.check_numbers()
+        self.check_loading()
         if self.base_learning_rate is not None and self.learning_rate != TrainingOptions.learning_rate:
             raise ValueError("Give one of learning_rate and base_learning_rate.")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
+
+    def check_loading(self) -> None:
+        """Refuses, by name, what a stream, a crop or a loader without processes cannot do."""
+        if self.streaming and self.repeated_augmentation > 1:
+            raise ValueError("repeated_augmentation asks for images again, which a stream cannot: switch one off.")
+        if not 0 < self.crop_scale <= 1:
+            raise ValueError(f"crop_scale must be in (0, 1], got {self.crop_scale}.")
+        if not 1 <= self.crop_ratio < math.inf:
+            raise ValueError(f"crop_ratio must be at least 1, got {self.crop_ratio}.")
+        if self.prefetch_factor is not None and self.num_workers == 0:
+            raise ValueError("prefetch_factor is of loader processes: set num_workers, or leave it out.")
 
     def check_numbers(self) -> None:
         """Refuses, by name, numbers out of range."""
@@ -288,13 +309,15 @@ OF_TRAINING = (
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate warmup weight_decay label_smoothing "
     "shift flip bf16 gradient_checkpointing eval_steps ema_decay "
     "optimizer base_learning_rate warmup_unit max_grad_norm "
-    "color_jitter rand_augment random_erasing mixup cutmix torch_compile"
+    "color_jitter rand_augment random_erasing mixup cutmix torch_compile "
+    "crop crop_scale crop_ratio repeated_augmentation shuffle_buffer_size"
 )
 # The settings that the result of each stage depends on; the others follow from the stages before.
 DEPENDS = {
     "prepare": (
         "seed model base_model_id dataset dataset_id image_column label_column train_split eval_split "
-        f"max_train_samples max_eval_samples dense_steps drop_path_rate drop_path_schedule {OF_TRAINING}"
+        "max_train_samples max_eval_samples streaming train_images dense_steps drop_path_rate drop_path_schedule "
+        f"{OF_TRAINING}"
     ),
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
@@ -309,6 +332,7 @@ DEPENDS = {
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
 POSITIVE = (
+    *("train_images", "shuffle_buffer_size", "repeated_augmentation", "prefetch_factor"),
     *("num_removed", "max_train_samples", "max_eval_samples"),
     *("num_calibration", "calibration_batch_size", "beam_width", "num_draws", "batch_size", "lora_alpha"),
     *("gradient_accumulation_steps", "save_steps", "eval_steps", "logging_steps"),
@@ -319,7 +343,7 @@ NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_
 EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"), ("learning_rate", "base_learning_rate"))
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = ("device", "num_workers", "save_steps", "logging_steps")
+NO_RESULT = ("device", "num_workers", "prefetch_factor", "save_steps", "logging_steps")
 Options = TypeVar("Options", bound=TrainingOptions)
 
 

@@ -1,73 +1,14 @@
-"""Where a data set comes from, and which of its splits and columns serve what."""
+"""Which of a data set's splits and columns serve what."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
-import numpy as np
-from datasets.exceptions import DatasetGenerationError
-from PIL import Image
 
 
 # In order of preference; the test split of many Hub data sets has no labels, so it comes late.
 EVALUATION_SPLITS = ("validation", "val", "valid", "dev", "test", "eval", "evaluation")
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-DIGITS_EVALUATION = 450
-
-
-def load_splits(dataset: str) -> dict[str, datasets.Dataset]:
-    """
-    Loads all splits of a data set: `"digits"`, a parquet file, a folder (parquet, images, `save_to_disk`) or a Hub id.
-
-    Raises:
-        `ValueError`: where there is nothing, or nothing that can be read.
-    """
-    if dataset == "digits":
-        return digits()
-    path = Path(dataset).expanduser()
-    if not path.exists() and (path.is_absolute() or dataset.startswith((".", "~")) or path.suffix == ".parquet"):
-        raise ValueError(f"`dataset`: there is no file or folder {dataset!r}.")
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"`dataset`: {dataset!r} is not a parquet file. Give a parquet file or a folder.")
-    try:
-        if path.is_file():
-            name = path.stem if path.stem in ("train", *EVALUATION_SPLITS) else "train"
-            return dict(datasets.load_dataset("parquet", data_files={name: str(path)}))
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-            if isinstance(loaded, datasets.DatasetDict):
-                return {str(name): split for name, split in loaded.items()}
-            return {str(loaded.split or "train"): loaded}
-        return dict(datasets.load_dataset(str(path) if path.is_dir() else dataset))
-    except (FileNotFoundError, ConnectionError, DatasetGenerationError, ValueError) as error:
-        raise ValueError(
-            f"`dataset`: {dataset!r} could not be loaded: {error.__cause__ or error}. Give 'digits', a parquet file, "
-            "a folder of parquet files, a folder of images with one subfolder per class, a folder written by "
-            "save_to_disk, or the id of a data set on the Hub that can be reached."
-        ) from error
-
-
-def digits() -> dict[str, datasets.Dataset]:
-    """Scikit-learn's 1,797 handwritten digits, 8x8 RGB: 1,347 train and 450 test, stratified, always the same."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    grey, labels = load_digits(return_X_y=True)
-    pixels = np.rint(grey.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    rows = train_test_split(np.arange(len(labels)), test_size=DIGITS_EVALUATION, stratify=labels, random_state=0)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
-    )
-    return {
-        name: datasets.Dataset.from_dict(
-            {"image": [Image.fromarray(pixels[i]).convert("RGB") for i in chosen], "label": labels[chosen]},
-            features=features,
-            split=datasets.Split(name),
-        )
-        for name, chosen in zip(("train", "test"), rows, strict=True)
-    }
 
 
 def choose_splits(

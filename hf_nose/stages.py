@@ -48,7 +48,6 @@ def prepare(run: RunContext) -> dict[str, Any]:
 def start_record(run: Job, model: NoseViTForImageClassification) -> dict[str, Any]:
     """Which model and which data a job starts from."""
     settings = run.settings
-    assert run.data.train is not None
     model_id = public_id(settings.model, settings.base_model_id)
     dataset_id = public_id(settings.dataset, settings.dataset_id)
     return {
@@ -64,7 +63,7 @@ def start_record(run: Job, model: NoseViTForImageClassification) -> dict[str, An
         "data": {
             "dataset": shown(settings.dataset, dataset_id, "a local data set"),
             "dataset_id": dataset_id,
-            "num_train": len(run.data.train),
+            "num_train": run.data.num_train,
             "num_eval": len(run.data.evaluation),
             "notes": run.data.notes,
         },

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -22,17 +22,19 @@ from .distillation import Distiller
 from .ema import ExponentialMovingAverage
 from .images import ImageDataset
 from .launch import check_launch
+from .loading import LoadingTrainer
 from .manifests import manifest_error
 from .metrics import TopKAccuracy, top5_ids
 from .mixing import Mixing
 from .modeling_nose_vit import nose_vit
 from .optimization import check_data_size, check_precision
+from .streams import ImageStream
 
 
 logger = logging.getLogger(__name__)
 
 
-class NoseTrainer(Trainer):
+class NoseTrainer(LoadingTrainer):
     """
     A [`~transformers.Trainer`] for NoseViT, dense or diluted.
 
@@ -275,7 +277,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 def fit(
     model: nn.Module,
-    train: ImageDataset,
+    train: ImageDataset | ImageStream,
     evaluation: ImageDataset,
     args: TrainingArguments,
     *,

@@ -60,3 +60,13 @@ def imagenet_pixels(deit_tiny: Path, imagenet: Path) -> torch.Tensor:
 
     rows = next(pyarrow.parquet.ParquetFile(imagenet / "validation.parquet").iter_batches(batch_size=4)).to_pylist()
     return load_processor(deit_tiny)([decode_image(row["image"]) for row in rows], return_tensors="pt").pixel_values
+
+
+@pytest.fixture(scope="module")
+def quick_streams():
+    """Streams of shuffled parquet end at once: datasets waits five seconds for Arrow's threads, each time."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        yield

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_nose.data import ImageData, calibration_batches, load_image_data
+from hf_nose.calibration import calibration_batches
+from hf_nose.data import ImageData, load_image_data
 from hf_nose.images import ROW_COLUMN, ImageDataset, digits_processor, load_processor
 
 
