@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from .optimization import learning_rate_in_words, optimizer_arguments, peak_learning_rate, warmup_steps
-from .settings import TrainingOptions
+from .options import TrainingOptions
 
 
 def training_arguments(

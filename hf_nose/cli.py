@@ -48,7 +48,7 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         return evaluate(arguments)
     from transformers.utils import logging
 
-    from .settings import parse_settings
+    from .command_line import parse_settings
 
     # The bars for reading and writing weights; those of the stages stay.
     logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         run_job(settings)
         return None
     if verb == "transfer":
-        from .settings import parse_job
+        from .command_line import parse_job
         from .transfer_settings import TransferSettings
 
         options = parse_job(TransferSettings, arguments, prog="hf-nose transfer")

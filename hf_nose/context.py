@@ -27,9 +27,10 @@ from .launch import check_launch, own_the_machine
 from .mixing import Mixing
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
 from .optimization import check_data_size, check_precision
+from .options import Options
 from .processes import place
 from .records import RECORDS
-from .settings import Options, Settings
+from .settings import Settings
 from .streams import ImageStream, LabelledImages
 from .training import fit
 from .weights import load_classifier

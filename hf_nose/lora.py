@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from .files import read_json, write_json
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
-from .settings import TrainingOptions
+from .options import TrainingOptions
 
 
 STATE = "dilution_state.json"

@@ -1,221 +1,17 @@
-"""Settings of a run: defaults, then a recipe, then flags; and which of them each stage depends on."""
+"""Settings of the main job, and which of them each stage depends on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib import resources
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import yaml
-from transformers import HfArgumentParser
-
-from .criteria import CRITERIA, SIGNS
-from .distillation import FEATURES, check_options
-from .modeling_nose_vit import MASK_GAINS
-from .optimization import OPTIMIZERS, WARMUP_UNITS, check_training
-from .schedules import SCHEDULES, UNITS, decay_length
-from .selection import SEARCHES
+from .distillation import check_distillation
+from .options import RemovalOptions, TrainingOptions, option
+from .schedules import decay_length
 
 
-CROPS = ("none", "random_resized")
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
-# The matrices of a block.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
-
-
-def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of [`Settings`]: its default, its help, its choices."""
-    return field(default=default, metadata={"help": text} | ({} if choices is None else {"choices": list(choices)}))
-
-
-@dataclass
-class JobOptions:
-    """What any job can be told about its folder, its model and its data."""
-
-    recipe: str | None = option(
-        None, "Recipe in the package, or a YAML file; flags win over it. By default digits, or none beside a --model."
-    )
-    output_dir: str | None = option(None, "Folder of the run; runs/<recipe>, or runs/<model>, by default.")
-    dry_run: bool = option(False, "Show settings, costs and schedule, run one forward, write nothing.")
-    resume: bool = option(False, "Continue a run: after its last finished stage, inside training from a checkpoint.")
-    overwrite: bool = option(False, "Delete what an earlier run left in the folder.")
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"))
-    seed: int = option(0, "Seed of splits, samples, initial weights and training.")
-
-    model: str = option(
-        "digits-vit", "Hub id or folder of a ViT; a config.json, or 'digits-vit', to train from scratch."
-    )
-    base_model_id: str | None = option(None, "Public name of a model that was loaded from a path.")
-    dataset: str = option("digits", "'digits', a parquet file, a folder, or a Hub id.")
-    dataset_id: str | None = option(None, "Public name of a data set that was loaded from a path.")
-    image_column: str | None = option(None, "Column of images; found by type otherwise.")
-    label_column: str | None = option(None, "Column of labels; found by type otherwise.")
-    train_split: str | None = option(None, "Split that trains and calibrates.")
-    eval_split: str | None = option(None, "Split that evaluates.")
-    max_train_samples: int | None = option(None, "Take a sample of so many training images.")
-    max_eval_samples: int | None = option(None, "Take a sample of so many evaluation images.")
-    streaming: bool = option(False, "Stream the training images instead of loading them.")
-    train_images: int | None = option(None, "How many images a stream has, where nothing else says so.")
-    shuffle_buffer_size: int = option(1000, "Images that a stream is mixed in, held by every loader process.")
-
-
-@dataclass
-class RemovalOptions(JobOptions):
-    """What is removed, and how."""
-
-    num_calibration: int = option(512, "Images that entropies and scores are measured on.")
-    calibration_batch_size: int = option(64, "Images a forward there.")
-    tokens: str = option("all", "Tokens that the layer profile counts.", choices=("all", "class"))
-
-    num_removed: int | None = option(None, "How many attention layers to remove.")
-    ratio: float | None = option(None, "Share of attention layers to remove: round(ratio x blocks).")
-    layers: str | None = option(None, "Layers to remove, such as 0,1,3,4,6; skips the search.")
-    criterion: str = option("transfer_entropy", "What a set of layers is scored by.", choices=tuple(CRITERIA))
-    search: str = option("greedy", "How sets are searched.", choices=tuple(SEARCHES))
-    beam_width: int = option(3, "Sets the beam search keeps.")
-    num_draws: int = option(1, "Sets the random search draws and scores; the first is taken.")
-    mask: str = option("skip", "Masked attention leaves x ('skip') or 2x ('double').", choices=tuple(MASK_GAINS))
-    sign: str = option("absolute", "Minimise |TE| or the signed TE.", choices=SIGNS)
-    target: str = option("logits", "Whose entropy counts.", choices=("logits", "features"))
-
-    dense_steps: int = option(0, "Steps to train the dense model before anything is removed.")
-    schedule: str = option("linear", "How M falls from 1 to 0.", choices=SCHEDULES)
-    decay: float = option(0.75, "How long it falls: a fraction of training, or units above 1.")
-    unit: str = option("step", "Whether M changes by step or by epoch.", choices=UNITS)
-    feature_compensation: bool | None = option(
-        None, "Double the stream as M falls (Eq. 9); on by default, off with one_shot or without training."
-    )
-    control: bool = option(False, "Train the dense model on for the same steps, to compare with.")
-
-    teacher: str | None = option(
-        None, "Teacher of that training: Hub id or folder; 'dense', the run's own, by default."
-    )
-    distillation_weight: float = option(0.0, "Share of the teacher's soft logits in the loss, beside the labels.")
-    distillation_temperature: float = option(2.0, "What logits are divided by for them.")
-    distillation_features: str = option(
-        "none", "Tokens whose features are to be the teacher's, too.", choices=tuple(FEATURES)
-    )
-    distillation_blocks: str | None = option(None, "Blocks behind which they are compared, from 0, such as 3,7,11.")
-    distillation_feature_weight: float = option(1.0, "Weight of that loss.")
-    distillation_control: bool = option(
-        False, "Distil the dense model trained on beside it, too; off, it shows what training without a teacher gives."
-    )
-
-
-@dataclass
-class TrainingOptions(JobOptions):
-    """How models are trained and evaluated: with [`JobOptions`], what every job that trains can be told."""
-
-    default_recipe: ClassVar[str | None] = None
-
-    steps: int = option(0, "Steps to train; in a run while M decays, where 0 removes without training.")
-    epochs: float | None = option(None, "Length of that training in epochs, instead of steps.")
-    batch_size: int = option(64, "Training images a step and process.")
-    gradient_accumulation_steps: int = option(1, "Batches a step.")
-    optimizer: str = option("adamw", "AdamW, or SGD with momentum 0.9.", choices=OPTIMIZERS)
-    learning_rate: float = option(1e-3, "Peak learning rate.")
-    base_learning_rate: float | None = option(
-        None, "Peak learning rate of 512 images a step, instead: it grows with them."
-    )
-    min_learning_rate: float = option(1e-5, "Where the cosine ends.")
-    warmup: float = option(0.05, "How long the learning rate rises: a share of the steps, or as the unit says.")
-    warmup_unit: str = option("fraction", "What the warm-up is counted in.", choices=WARMUP_UNITS)
-    max_grad_norm: float = option(1.0, "Norm that longer gradients are cut to; 0 is off.")
-    weight_decay: float = option(0.05, "Weight decay, but for biases, norms, class token, positions.")
-    label_smoothing: float = option(0.1, "Label smoothing.")
-    ema_decay: float | None = option(None, "Average the weights, with this decay; the average is the result.")
-    drop_path_rate: float = option(0.0, "Stochastic depth.")
-    drop_path_schedule: str = option(
-        "linear", "Whether its rate rises from 0 block by block.", choices=("linear", "constant")
-    )
-    crop: str = option("none", "Random part of training images, resized, or the whole.", choices=CROPS)
-    crop_scale: float = option(0.08, "Smallest share of an image's area that a crop takes.")
-    crop_ratio: float = option(4 / 3, "Largest ratio of a crop's width to its height; the smallest is its inverse.")
-    repeated_augmentation: int = option(1, "How often an image of an epoch appears in it, beside itself.")
-    shift: int = option(0, "Training images are shifted by up to so many pixels.")
-    flip: bool = option(False, "Training images are mirrored half of the time.")
-    color_jitter: float = option(0.0, "Brightness, contrast and saturation change by up to this share.")
-    rand_augment: float = option(0.0, "Magnitude of RandAugment, up to 10; 0 is off.")
-    random_erasing: float = option(0.0, "Share of training images of which a box becomes noise.")
-    mixup: float = option(0.0, "Parameter of mixup's Beta distribution; 0 is off.")
-    cutmix: float = option(0.0, "That of cutmix; beside mixup, half of the batches get either.")
-    bf16: bool = option(False, "Train in bfloat16.")
-    gradient_checkpointing: bool = option(False, "Trade time for memory in training.")
-    lora_rank: int = option(0, "Train LoRA matrices of so small a rank and the head instead of all weights; 0 is off.")
-    lora_alpha: int = option(16, "Scale of the LoRA update: alpha / rank.")
-    lora_dropout: float = option(0.0, "Dropout in front of the LoRA matrices.")
-    lora_targets: str = option(",".join(LORA_TARGETS), "Matrices of the blocks that get LoRA, comma-separated.")
-    torch_compile: bool = option(False, "Compile the model for training.")
-    num_workers: int = option(0, "Loader processes.")
-    prefetch_factor: int | None = option(None, "Batches that each of them makes ahead; 2 by default.")
-    save_steps: int = option(500, "Steps between checkpoints.")
-    eval_steps: int = option(200, "Steps between evaluations while training.")
-    logging_steps: int = option(20, "Steps between log lines.")
-
-    eval_batch_size: int = option(64, "Images a forward in evaluation.")
-
-    def __post_init__(self) -> None:
-        self.check_numbers()
-        self.check_loading()
-        if self.base_learning_rate is not None and self.learning_rate != TrainingOptions.learning_rate:
-            raise ValueError("Give one of learning_rate and base_learning_rate.")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other.")
-
-    def check_loading(self) -> None:
-        """Refuses, by name, what a stream, a crop or a loader without processes cannot do."""
-        if self.streaming and self.repeated_augmentation > 1:
-            raise ValueError("repeated_augmentation asks for images again, which a stream cannot: switch one off.")
-        if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"crop_scale must be in (0, 1], got {self.crop_scale}.")
-        if not 1 <= self.crop_ratio < math.inf:
-            raise ValueError(f"crop_ratio must be at least 1, got {self.crop_ratio}.")
-        if self.prefetch_factor is not None and self.num_workers == 0:
-            raise ValueError("prefetch_factor is of loader processes: set num_workers, or leave it out.")
-
-    def check_numbers(self) -> None:
-        """Refuses, by name, numbers out of range."""
-        for names, least in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
-            for name in names:
-                value = vars(self).get(name)
-                if value is not None and value < least:
-                    raise ValueError(f"{name} must be {'at least 1' if least else '0 or more'}, got {value}.")
-        if self.epochs is not None and (self.epochs <= 0 or self.steps):
-            raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
-        check_training(vars(self))
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
-        if not set(self.lora_target_list) <= set(LORA_TARGETS):
-            # Refused here, not after the dense training.
-            raise ValueError(f"lora_targets must be among {','.join(LORA_TARGETS)}, got {self.lora_targets!r}.")
-
-    @property
-    def lora_target_list(self) -> list[str]:
-        """The matrices that get LoRA."""
-        return [name.strip() for name in self.lora_targets.split(",")]
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether `steps` or `epochs` say that there is training."""
-        return self.steps > 0 or self.epochs is not None
-
-    @property
-    def folder(self) -> Path:
-        """The job's folder."""
-        return run_folder(self.output_dir, self.recipe, self.model)
-
-    def of_stage(self, stage: str) -> dict[str, Any]:
-        """The settings that the result of `stage` depends on: here all but those that change no result."""
-        return {name: value for name, value in asdict(self).items() if name not in (*OF_ONE_CALL, *NO_RESULT)}
-
-    def to_yaml(self) -> str:
-        """All settings but those of one call, as a recipe that repeats the job."""
-        return yaml.safe_dump({k: v for k, v in asdict(self).items() if k not in OF_ONE_CALL}, sort_keys=False)
 
 
 @dataclass
@@ -237,7 +33,7 @@ class Settings(TrainingOptions, RemovalOptions):
         unknown = sorted(set(self.stage_list) - set(STAGES))
         if unknown or not self.stage_list:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
-        self.check_distillation()
+        check_distillation(vars(self), self.is_distilled, self.is_trained)
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
         if not self.is_trained and self.feature_compensation:
@@ -255,26 +51,6 @@ class Settings(TrainingOptions, RemovalOptions):
         if self.steps or self.unit == "epoch" and self.epochs:
             # Refused here, not after the dense training.
             decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
-
-    def check_distillation(self) -> None:
-        """Refuses, by name, a distillation that cannot be or would not happen."""
-        features = self.distillation_features
-        check_options(
-            self.distillation_weight, self.distillation_temperature, features, self.distillation_feature_weight
-        )
-        if (features == "none") != (self.distillation_blocks is None):
-            raise ValueError(
-                "distillation_features and distillation_blocks need each other, got "
-                f"{features!r} and {self.distillation_blocks!r}: say which tokens to compare, behind which blocks."
-            )
-        if self.is_distilled and not self.is_trained:
-            raise ValueError("distillation needs training: set steps or epochs.")
-        if self.distillation_control and not (self.control and self.is_distilled):
-            raise ValueError("distillation_control needs control, and a distillation_weight or distillation_features.")
-        if self.teacher is not None and not self.is_distilled:
-            raise ValueError(
-                f"teacher {self.teacher!r} has no part: set distillation_weight or distillation_features."
-            )
 
     @property
     def stage_list(self) -> list[str]:
@@ -331,98 +107,3 @@ DEPENDS = {
     ),
     "evaluate": ("eval_batch_size random_controls throughput_batch_size throughput_rounds"),
 }
-POSITIVE = (
-    *("train_images", "shuffle_buffer_size", "repeated_augmentation", "prefetch_factor"),
-    *("num_removed", "max_train_samples", "max_eval_samples"),
-    *("num_calibration", "calibration_batch_size", "beam_width", "num_draws", "batch_size", "lora_alpha"),
-    *("gradient_accumulation_steps", "save_steps", "eval_steps", "logging_steps"),
-    *("eval_batch_size", "throughput_batch_size"),
-)
-NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
-# A flag of a group takes the place of whatever the recipe says of the group.
-EXCLUSIVE = (("num_removed", "ratio", "layers"), ("steps", "epochs"), ("learning_rate", "base_learning_rate"))
-OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
-# Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = ("device", "num_workers", "prefetch_factor", "save_steps", "logging_steps")
-Options = TypeVar("Options", bound=TrainingOptions)
-
-
-def recipe_path(name: str) -> Path:
-    """The file of a recipe: one of the package by name, or a YAML file. `ValueError` where there is none."""
-    packaged = resources.files("hf_nose") / "recipes"
-    names = sorted(item.name.removesuffix(".yaml") for item in packaged.iterdir() if item.name.endswith(".yaml"))
-    path = Path(str(packaged / f"{name}.yaml")) if name in names else Path(name)
-    if not path.is_file():
-        raise ValueError(f"recipe must be one of {', '.join(names)}, or a YAML file, got {name!r}.")
-    return path
-
-
-def read_recipe(path: Path, kind: type[TrainingOptions] = Settings) -> dict[str, Any]:
-    """The settings of a `kind` in a recipe; `ValueError` naming keys that no setting has."""
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name} is not YAML: {error}.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path.name} must map settings to values, got {type(recipe).__name__}.")
-    known = {item.name for item in fields(kind)} - {"recipe"}
-    unknown = sorted(set(map(str, recipe)) - known)
-    if unknown:
-        raise ValueError(
-            f"{path.name} has unknown settings {', '.join(unknown)}. Known are {', '.join(sorted(known))}."
-        )
-    return recipe
-
-
-def as_typed(value: Any) -> str:
-    """A recipe's value as on the command line; a YAML list as its items with commas."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def run_folder(output_dir: str | None, recipe: str | None, model: str) -> Path:
-    """Where a run works: as told, or `runs/` with the name of its recipe or, without one, of its model."""
-    return Path(output_dir or Path("runs") / (Path(recipe).stem if recipe else Path(model).resolve().name))
-
-
-def settings_parser(prog: str | None, kind: type[TrainingOptions] = Settings) -> HfArgumentParser:
-    """One flag for every field of the settings."""
-    return HfArgumentParser(cast(Any, kind), prog=prog, allow_abbrev=False)
-
-
-def parse_settings(arguments: Sequence[str], prog: str | None = None, base: Path | None = None) -> Settings:
-    """The [`Settings`] of a run, see [`parse_job`]."""
-    return parse_job(Settings, arguments, prog, base)
-
-
-def parse_job(
-    kind: type[Options], arguments: Sequence[str], prog: str | None = None, base: Path | None = None
-) -> Options:
-    """
-    Settings of a `kind` from a command line. The recipe's values come first, as if they had been typed before the
-    flags, so flags win and both are checked alike. Without `--recipe` a run's is the digits', or none where `--model`
-    or `--dataset` names something else: what suits the digits trains nothing else by accident. A settings.yaml takes
-    the recipe's place: `base`, or that of the folder where `--resume` is given without `--recipe`.
-    """
-    first = settings_parser(prog, kind).parse_known_args(list(arguments))[0]
-    # The parser takes --num-removed for --num_removed.
-    names = {"--" + argument.split("=")[0][2:].replace("-", "_") for argument in arguments if argument[:2] == "--"}
-    is_chosen = first.recipe is not None
-    if not is_chosen and (first.model, first.dataset) == (kind.model, kind.dataset):
-        first.recipe = kind.default_recipe
-    saved = run_folder(first.output_dir, first.recipe, first.model) / "settings.yaml"
-    if base is None and first.resume and not is_chosen and saved.is_file():
-        base = saved
-    if base is None and first.recipe is not None:
-        base = recipe_path(first.recipe)
-    recipe = {} if base is None else read_recipe(base, kind)
-    for group in EXCLUSIVE:
-        if names & {f"--{key}" for key in group}:
-            recipe = {key: value for key, value in recipe.items() if key not in group}
-    recipe["recipe"] = first.recipe
-    # As one word: a value such as -1 is no flag.
-    typed = [f"--{key}={as_typed(value)}" for key, value in recipe.items() if value is not None]
-    parser = settings_parser(prog, kind)
-    settings, unknown = parser.parse_args_into_dataclasses(args=[*typed, *arguments], return_remaining_strings=True)
-    if unknown:
-        raise ValueError(f"Unknown settings: {' '.join(unknown)}. See --help.")
-    return settings

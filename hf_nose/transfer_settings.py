@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .settings import TrainingOptions, option
+from .options import TrainingOptions, option
 
 
 @dataclass

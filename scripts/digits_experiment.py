@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hf_nose.command_line import parse_settings
 from hf_nose.files import read_json, write_json
 from hf_nose.records import RECORDS
 from hf_nose.run import run_job
-from hf_nose.settings import parse_settings
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "model_cards" / "results" / "digits"

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from tiny_run import files, finished_run, flags, record, rerun, resume, run
 
 from hf_nose.cli import BAD_INPUT, main
+from hf_nose.command_line import parse_settings
 from hf_nose.ema import EMA_FILE
 from hf_nose.report import write_report
 from hf_nose.run import run_job
-from hf_nose.settings import Settings, parse_settings
+from hf_nose.settings import Settings
 from hf_nose.training import NoseTrainer
 
 

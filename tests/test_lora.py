@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from hf_nose.dilution import DilutionCallback
 from hf_nose.lora import STATE, NosePeftModel, add_lora, lora_of, merge_lora
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification, nose_vit
-from hf_nose.settings import TrainingOptions
+from hf_nose.options import TrainingOptions
 from hf_nose.surgery import fold
 from hf_nose.training import fit
 

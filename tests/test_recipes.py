@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from hf_nose.command_line import parse_settings, read_recipe, recipe_path
 from hf_nose.run import run_job
-from hf_nose.settings import parse_settings, read_recipe, recipe_path
 
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import TINY, files, finished_run, flags, record, rerun, resume, run, tiny_model
 
+from hf_nose.command_line import parse_settings
 from hf_nose.context import RunContext
 from hf_nose.files import RunLockedError, locked
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification
 from hf_nose.records import RECORDS
 from hf_nose.run import FILES, FOLDERS, folder_settings, run_job, schedule_points, steps_per_epoch
-from hf_nose.settings import STAGES, Settings, parse_settings
+from hf_nose.settings import STAGES, Settings
 
 
 pytestmark = pytest.mark.slow

@@ -7,18 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_nose.settings import (
-    DEPENDS,
-    EXCLUSIVE,
-    NO_RESULT,
-    OF_ONE_CALL,
-    OF_TRAINING,
-    STAGES,
-    Settings,
-    parse_settings,
-    read_recipe,
-    recipe_path,
-)
+from hf_nose.command_line import EXCLUSIVE, parse_settings, read_recipe, recipe_path
+from hf_nose.options import NO_RESULT, OF_ONE_CALL
+from hf_nose.settings import DEPENDS, OF_TRAINING, STAGES, Settings
 
 
 def recipe(tmp_path, **values):

@@ -11,11 +11,12 @@ from tiny_run import NUM_BLOCKS, TINY, finished_run, record, rerun, resume, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nose import NoseViTForImageClassification
+from hf_nose.command_line import parse_settings
 from hf_nose.context import RunContext
 from hf_nose.files import SCHEMA
 from hf_nose.plan import dense_model, num_layers, parse_layers, planned_layers
 from hf_nose.records import RECORDS
-from hf_nose.settings import STAGES, Settings, parse_settings
+from hf_nose.settings import STAGES, Settings
 from hf_nose.stages import STAGE_FUNCTIONS
 
 

@@ -14,13 +14,14 @@ from tiny_run import files, finished_run
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from hf_nose.cli import BAD_INPUT, FAILED, OK, main
+from hf_nose.command_line import parse_job
 from hf_nose.data import load_image_data
 from hf_nose.evaluation import evaluate_checkpoint
 from hf_nose.files import locked
 from hf_nose.images import digits_processor, load_processor
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification
 from hf_nose.profiling import count_parameters
-from hf_nose.settings import Settings, parse_job
+from hf_nose.settings import Settings
 from hf_nose.surgery import fold
 from hf_nose.transfer import start_model, transfer_job
 from hf_nose.transfer_settings import TransferSettings

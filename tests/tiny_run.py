@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hf_nose.command_line import parse_settings
 from hf_nose.context import RunContext
 from hf_nose.images import digits_processor
 from hf_nose.run import rerun_stage, run_job
-from hf_nose.settings import parse_settings
 
 
 NUM_BLOCKS = 4
