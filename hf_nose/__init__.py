@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.models.vit import ViTImageProcessorPil
 
+from .backbone_nose_vit import NoseViTBackbone
 from .configuration_nose_vit import NoseViTConfig, __version__
-from .modeling_nose_vit import NoseViTBackbone, NoseViTForImageClassification, NoseViTModel, NoseViTPreTrainedModel
+from .modeling_nose_vit import NoseViTForImageClassification, NoseViTModel, NoseViTPreTrainedModel
 
 
 if TYPE_CHECKING:

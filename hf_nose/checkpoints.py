@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .files import manifest_error, read_json, write_manifest
+from .files import read_json
+from .manifests import MANIFEST_NAME, manifest_error, write_manifest
 
 
 logger = logging.get_logger(__name__)
@@ -58,4 +59,4 @@ def latest_whole_checkpoint(folder: Path) -> Path | None:
 
 def checkpoint_record(checkpoint: Path) -> dict[str, Any]:
     """What was recorded in the manifest of `checkpoint`."""
-    return read_json(checkpoint / "manifest.json")
+    return read_json(checkpoint / MANIFEST_NAME)

@@ -5,33 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.image_processing_backends import PilBackend
 
 from .augmentation import BatchAugmentation
 from .data import CalibrationSet, ImageData, calibration_batches, load_image_data
-from .files import read_json, whole_folder, write_json
+from .files import put_back, read_json, whole_folder, write_json
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
+from .loading import load_classifier
 from .modeling_nose_vit import NoseViTForImageClassification
+from .processes import place
+from .records import RECORDS
 from .settings import Settings
-
-
-RECORDS = {
-    "prepare": "prepare.json",
-    "profile": "profile.json",
-    "select": "selection.json",
-    "dilute": "dilution.json",
-    "fold": "fold.json",
-    "evaluate": "metrics.json",
-    "report": "report.json",
-}
 
 
 class RunContext:
@@ -97,12 +87,14 @@ class RunContext:
     def load(self, name: str) -> NoseViTForImageClassification:
         """A model of the run's folder, in evaluation mode on the run's device."""
         folder = self.folder / name
+        if self.is_main:
+            put_back(folder)
+        self.state.wait_for_everyone()
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} holds no model: the stage that writes it has not been run.")
-        try:
-            return NoseViTForImageClassification.from_pretrained(folder).eval().to(self.device)
-        except SafetensorError as error:
-            raise ValueError(f"The weights of {folder} are corrupt or truncated: {error}.") from error
+        model = load_classifier(folder)
+        torch.nn.Module.to(model, self.device)
+        return model
 
     def save(self, name: str, model: NoseViTForImageClassification, processor: PilBackend | None = None) -> None:
         """Writes a model and its image processor into the run's folder, whole or not at all."""
@@ -142,11 +134,13 @@ class RunContext:
 
 
 class Progress(Sequence):
-    """Batches under a progress bar that counts `rounds` times through them; goes back to batches as they were."""
+    """Batches under a progress bar that counts `rounds` times through this process's share of them."""
 
     def __init__(self, batches: ImageBatches, description: str, rounds: int = 1, disable: bool = False):
         self.batches = batches
-        self.bar = tqdm(total=rounds * len(batches), desc=description, unit="batch", disable=disable)
+        rank, world_size = place()
+        share = len(range(rank, len(batches), world_size))
+        self.bar = tqdm(total=rounds * share, desc=description, unit="batch", disable=disable)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -171,11 +165,3 @@ def choose_device(name: str) -> torch.device:
     if not there[name]:
         raise ValueError(f"device {name!r} is not there; found {[device for device in there if there[device]]}.")
     return torch.device(name)
-
-
-def public_name(path: str, given: str | None) -> str | None:
-    """The name under which a model or data set may be published: what was given, else a Hub id, never a path."""
-    if given is not None:
-        return given
-    is_path = Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.endswith(".json")
-    return None if is_path else path

@@ -24,7 +24,7 @@ class DilutionCallback(TrainerCallback):
 
     Raises:
         `ValueError`: for an option out of range; at the start of training for a decay longer than it, for a model
-            without diluted layers, and for `one_shot` with feature compensation.
+            without diluted layers, for `one_shot` with feature compensation, and for `load_best_model_at_end`.
     """
 
     def __init__(self, schedule: str = "linear", decay: float = 0.75, unit: str = "step"):
@@ -50,6 +50,11 @@ class DilutionCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end would pick an early checkpoint, whose M is above 0: turn it off, the last "
+                "model is the compressed one."
+            )
         config = nose_vit(model).config
         if not config.diluted_attention_layers:
             raise ValueError("The model has no diluted layers: call model.dilute([...]) before training.")

@@ -155,6 +155,26 @@ def check_options(weight: float, temperature: float, features: str, feature_weig
         raise ValueError(f"distillation_features must be one of {tuple(FEATURES)}, got {features!r}.")
 
 
+def check_distillation(settings: Mapping[str, Any], is_distilled: bool, is_trained: bool) -> None:
+    """`ValueError` naming the settings by which a run's distillation cannot be, or would not happen."""
+    features, blocks = settings["distillation_features"], settings["distillation_blocks"]
+    weight, temperature = settings["distillation_weight"], settings["distillation_temperature"]
+    check_options(weight, temperature, features, settings["distillation_feature_weight"])
+    if (features == "none") != (blocks is None):
+        raise ValueError(
+            f"distillation_features and distillation_blocks need each other, got {features!r} and {blocks!r}: say "
+            "which tokens to compare, behind which blocks."
+        )
+    if is_distilled and not is_trained:
+        raise ValueError("distillation needs training: set steps or epochs.")
+    if settings["distillation_control"] and not (settings["control"] and is_distilled):
+        raise ValueError("distillation_control needs control, and a distillation_weight or distillation_features.")
+    if settings["teacher"] is not None and not is_distilled:
+        raise ValueError(
+            f"teacher {settings['teacher']!r} has no part: set distillation_weight or distillation_features."
+        )
+
+
 def check_blocks(features: str, blocks: Sequence[int], config: NoseViTConfig) -> list[int]:
     """The blocks to compare, none without features; `ValueError` where they are missing, doubled or out of range."""
     if features == "none":

@@ -110,10 +110,11 @@ def layer_profile(
             batches are dealt, moments merged.
 
     Returns:
-        One dict a block, in nats: `{"layer", "attention": {...}, "mlp": {...}}`, each with `stream`, `branch`,
-        `stream_scale_free`, `branch_scale_free` and `constant_channels`. The branch of an attention that is not
-        computed is `None`. *Scale-free* subtracts d ln s, s being what compensation has multiplied the stream by;
-        raw values of a folded model have d ln s added back, so folded and unfolded models compare.
+        One dict a block, in nats: `{"layer", "attention": {...}, "mlp": {...}}`, each with `stream`, `branch`, and
+        beside them `*_scale_free` and `*_constant_channels` (how many channels did not vary). The branch of an
+        attention that is not computed is `None`. *Scale-free* subtracts d ln s, s being what compensation has
+        multiplied the stream by; raw values of a folded model have d ln s added back, so folded and unfolded models
+        compare.
     """
     if tokens not in ("all", "class"):
         raise ValueError(f"tokens must be 'all' or 'class', got {tokens!r}.")
@@ -125,13 +126,15 @@ def layer_profile(
             if part == "mlp" or block.gain is None:
                 seen[layer, part, "branch"] = Moments()
             seen[layer, part, "stream"] = Moments()
+    failure = None
     with evaluating(model), recording(vit, seen, tokens), torch.no_grad():
         for index, batch in deal(batches, rank, world_size):
             try:
                 vit(batch["pixel_values"].to(vit.device))
             except FloatingPointError as error:
-                raise FloatingPointError(f"Calibration batch {index} of rank {rank}: {error}") from error
-    merged = merge_across_processes(seen, Moments)
+                failure = FloatingPointError(f"Calibration batch {index}: {error}")
+                break
+    merged = merge_across_processes(seen, Moments, failure)
     if not next(iter(merged.values())).count:
         raise ValueError("batches is empty: give calibration images.")
     growth = stream_growth(vit)
@@ -155,7 +158,7 @@ def layer_entropies(
         raw = None if moments is None else moments.entropy() + channels * math.log(vit.config.stream_scale(layer))
         row[kind] = raw
         row[f"{kind}_scale_free"] = None if raw is None else raw - channels * math.log(growth)
-    row["constant_channels"] = seen[layer, part, "stream"].constant_channels
+        row[f"{kind}_constant_channels"] = None if moments is None else moments.constant_channels
     return row
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate import PartialState
-from safetensors import SafetensorError
 
 from .context import Progress, choose_device
 from .data import load_image_data
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch
+from .loading import load_classifier
 from .metrics import evaluate_model
-from .modeling_nose_vit import NoseViTForImageClassification
 
 
 def evaluate_checkpoint(
@@ -38,10 +37,7 @@ def evaluate_checkpoint(
     target = choose_device(device)
     state = PartialState(cpu=target.type == "cpu")
     check_launch(state.num_processes)
-    try:
-        loaded = NoseViTForImageClassification.from_vit(model).eval()
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {model} are corrupt or truncated: {error}.") from error
+    loaded = load_classifier(model)
     data = load_image_data(
         dataset,
         image_column=image_column,

@@ -15,10 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from hf_nose.files import read_json, write_bytes
+from .files import write_bytes
+from .records import Records, read_records
 
 
-RECORDS = ("prepare", "profile", "selection", "dilution", "fold", "metrics")
 INK, GRID = "#2b2d42", "#e6e8ec"
 ATTENTION, MLP = "#1f6f9f", "#e07a1f"
 COLOURS = {"dense": "#8d99ae", "dense_control": "#4f5d75", "compressed": "#d1495b"}
@@ -35,14 +35,6 @@ STYLE: Any = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "
     "grid.color": GRID,
     "legend.frameon": False,
 }
-
-Records = dict[str, dict[str, Any]]
-
-
-def read_records(folder: str | os.PathLike[str]) -> Records:
-    """The JSON files that a run has left so far, by name; those of stages that were not run are absent."""
-    paths = {name: Path(folder) / f"{name}.json" for name in RECORDS}
-    return {name: read_json(path) for name, path in paths.items() if path.exists()}
 
 
 def draw_figures(folder: str | os.PathLike[str]) -> list[Path]:

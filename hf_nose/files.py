@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -15,12 +14,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_nose.configuration_nose_vit import __version__
+from .configuration_nose_vit import __version__
 
 
 SCHEMA = 1
 LOCK_NAME = ".lock"
-MANIFEST_NAME = "manifest.json"
 
 _VERSIONED_PACKAGES = (
     "torch",
@@ -102,7 +100,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def _stamped(record: dict[str, Any]) -> dict[str, Any]:
+def stamped(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with `schema` and the `versions` that write it in front."""
     content = {key: value for key, value in record.items() if key not in ("schema", "versions")}
     return {"schema": SCHEMA, "versions": versions(), **content}
 
@@ -121,7 +120,7 @@ def write_json(path: str | os.PathLike[str], record: dict[str, Any]) -> None:
         OSError: as [`write_text`].
     """
     try:
-        text = json.dumps(_stamped(record), indent=2, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(stamped(record), indent=2, allow_nan=False, ensure_ascii=False)
     except ValueError as error:
         raise ValueError(
             f"The record for {path} cannot be written as JSON: {error}. Write null for what is not known."
@@ -157,7 +156,10 @@ def _remove_folder(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _put_back(old: Path, path: Path) -> None:
+def put_back(path: str | os.PathLike[str]) -> None:
+    """Moves the folder `path` back where a kill inside [`whole_folder`] left it aside, between its two moves."""
+    path = Path(path)
+    old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.replace(old, path)
 
@@ -172,7 +174,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     the staging folder is removed and an older folder stays as it was.
 
     A directory cannot replace a full one in one step, so an older folder first steps aside to `.<name>.old`. A kill
-    exactly between the two moves leaves it there, and the next `whole_folder` of the same path puts it back.
+    exactly between the two moves leaves it there; [`put_back`], or the next `whole_folder` of the path, puts it back.
 
     Args:
         path (`str` or `os.PathLike`): the folder to make; the one it stands in must exist.
@@ -185,7 +187,7 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     staging, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path} is a file; expected a folder, or nothing, to put a folder in its place.")
-    _put_back(old, path)
+    put_back(path)
     _remove_folder(staging)
     _remove_folder(old)
     with _naming(path, staging):
@@ -199,81 +201,10 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(staging, path)
         except BaseException:
             _remove_folder(staging)
-            _put_back(old, path)
+            put_back(path)
             raise
         _sync(path.parent)
         _remove_folder(old)
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _record_sha256(record: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest's own content, without the entry that holds it: a flipped bit shows there too."""
-    content = {key: value for key, value in record.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_manifest(folder: str | os.PathLike[str], **extra: Any) -> None:
-    """
-    Write `manifest.json` into a folder that is otherwise complete: the size and SHA-256 of every file in it, those in
-    folders below included, and of the manifest itself. Written last and atomically, so a folder that has one was
-    finished.
-
-    Args:
-        folder (`str` or `os.PathLike`): the folder.
-        extra: more entries for the manifest (say `step=400`), as `json` takes them.
-
-    Raises:
-        ValueError: where `extra` uses a name that the manifest needs itself.
-    """
-    folder = Path(folder)
-    taken = {"schema", "versions", "files", "manifest_sha256"} & set(extra)
-    if taken:
-        raise ValueError(f"extra = {sorted(taken)}: the manifest writes these entries itself, choose other names.")
-    manifest = folder / MANIFEST_NAME
-    names = sorted(entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if entry.is_file())
-    files = {
-        name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size}
-        for name in names
-        if name != MANIFEST_NAME
-    }
-    record = _stamped({"files": files, **extra})
-    # Through JSON and back, because keys become text and tuples lists there.
-    write_json(manifest, {**record, "manifest_sha256": _record_sha256(json.loads(json.dumps(record)))})
-
-
-def manifest_error(folder: str | os.PathLike[str]) -> str | None:
-    """
-    Compare a folder with the manifest that [`write_manifest`] left in it; files that it does not name are let be.
-
-    Returns:
-        `str` or `None`: `None` where every file is whole; otherwise a sentence naming the first that is missing,
-        truncated or changed.
-    """
-    folder = Path(folder)
-    manifest = folder / MANIFEST_NAME
-    if not manifest.is_file():
-        return f"{manifest} is missing: the folder was never finished."
-    try:
-        record = read_json(manifest)
-    except ValueError as error:
-        return str(error)
-    if record.get("manifest_sha256") != _record_sha256(record):
-        return f"{manifest} has changed since it was written."
-    for name, expected in record["files"].items():
-        file = folder / name
-        if not file.is_file():
-            return f"{file} is missing."
-        size = file.stat().st_size
-        if size < expected["bytes"]:
-            return f"{file} is truncated: expected {expected['bytes']} bytes but got {size}."
-        if size > expected["bytes"] or sha256(file) != expected["sha256"]:
-            return f"{file} has changed since it was written: its SHA-256 is not the manifest's."
-    return None
 
 
 @contextmanager

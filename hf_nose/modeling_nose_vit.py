@@ -11,11 +11,9 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTPooler, ViTPreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -299,39 +297,6 @@ class NoseViTForImageClassification(NoseViTPreTrainedModel):
         )
 
 
-class NoseViTBackbone(BackboneMixin, NoseViTPreTrainedModel):
-    """Feature maps of chosen stages. Its keys are those of the classifier, whose weights therefore load unmapped."""
-
-    def __init__(self, config: NoseViTConfig):
-        config.use_pooler = False
-        super().__init__(config)
-        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
-        self.vit = NoseViTModel(config)
-        self.post_init()
-
-    @can_return_tuple
-    @filter_output_hidden_states
-    def forward(
-        self, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> BackboneOutput:
-        """`pixel_values` (batch, channels, height, width) -> maps (batch, hidden, height / patch, width / patch)."""
-        embeddings = self.vit.embeddings
-        size, patch = tuple(pixel_values.shape[-2:]), embeddings.patch_embeddings.patch_size
-        kwargs.setdefault("interpolate_pos_encoding", size != tuple(embeddings.image_size))
-        outputs = self.vit(pixel_values, attention_mask=attention_mask, **kwargs)
-        norm, feature_maps = self.vit.layernorm, []
-        for stage, state in zip(self.stage_names, outputs.hidden_states, strict=True):
-            if stage in self.out_features:
-                if self.config.apply_layernorm:
-                    # The states are unfolded here, so the unfolded eps belongs to them.
-                    state = layer_norm(state, state.shape[-1:], norm.weight, norm.bias, self.config.layer_norm_eps)
-                patches = state[:, 1:].unflatten(1, (size[0] // patch[0], size[1] // patch[1]))
-                feature_maps.append(patches.permute(0, 3, 1, 2).contiguous())
-        return BackboneOutput(
-            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
 def sync_gains_after_loading(module: NoseViTModel, _incompatible_keys) -> None:
     """`load_state_dict` post-hook, a named function so that a model can be pickled."""
     module.sync_gains()
@@ -345,4 +310,4 @@ def nose_vit(model: nn.Module) -> NoseViTModel:
     return found[0]
 
 
-__all__ = ["NoseViTBackbone", "NoseViTForImageClassification", "NoseViTModel", "NoseViTPreTrainedModel"]
+__all__ = ["NoseViTForImageClassification", "NoseViTModel", "NoseViTPreTrainedModel"]

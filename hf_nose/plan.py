@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import AutoConfig, ViTConfig
 from transformers.image_processing_backends import PilBackend
 
@@ -15,6 +14,7 @@ from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import unsupported
 from .distillation import check_blocks, check_pair
 from .images import digits_processor, load_processor
+from .loading import load_classifier
 from .modeling_nose_vit import NoseViTForImageClassification
 from .settings import Settings
 
@@ -34,15 +34,12 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
             values["label2id"] = {name: index for index, name in enumerate(class_names or [])}
         config = NoseViTConfig.from_vit(ViTConfig(**values), drop_path_rate=settings.drop_path_rate)
         processor = digits_processor() if is_embedded else load_processor(Path(settings.model).parent)
-        if not settings.dense_steps and not settings.dry_run:
+        if not settings.dense_steps:
             raise ValueError("A model from a configuration has random weights: set dense_steps to train it first.")
         return NoseViTForImageClassification(config), processor
-    try:
-        model = NoseViTForImageClassification.from_vit(settings.model, drop_path_rate=settings.drop_path_rate)
-        if count is not None and count != model.num_labels:
-            model = new_head(model, settings, class_names or [])
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {settings.model} are corrupt or truncated: {error}.") from error
+    model = load_classifier(settings.model, drop_path_rate=settings.drop_path_rate)
+    if count is not None and count != model.num_labels:
+        model = new_head(model, settings, class_names or [])
     return model, load_processor(settings.model)
 
 
@@ -66,7 +63,7 @@ def new_head(
     model: NoseViTForImageClassification, settings: Settings, class_names: list[str]
 ) -> NoseViTForImageClassification:
     """The model with a new head for the data set's classes, which has to be trained."""
-    if not settings.dense_steps and not settings.dry_run:
+    if not settings.dense_steps:
         raise ValueError(
             f"The model has {model.num_labels} classes, the data set {len(class_names)}: the new head has "
             "random weights. Set dense_steps to train it first."
@@ -97,14 +94,6 @@ def check_teacher(settings: Settings, config: NoseViTConfig, processor: PilBacke
                 f"teacher {settings.teacher} expects pixels with {name} {values[0]}, but would see the model's, with "
                 f"{values[1]}. Train the teacher on such images, or start from a model with its processor."
             )
-
-
-def load_teacher(settings: Settings) -> NoseViTForImageClassification:
-    """The settings' own teacher."""
-    try:
-        return NoseViTForImageClassification.from_vit(str(settings.teacher))
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {settings.teacher} are corrupt or truncated: {error}.") from error
 
 
 def distillation_options(settings: Settings) -> dict[str, Any]:

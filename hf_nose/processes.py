@@ -43,10 +43,19 @@ def deal(batches: Batches, rank: int, world_size: int) -> Iterator[tuple[int, Ba
     return islice(enumerate(batches), rank, None, world_size)
 
 
-def merge_across_processes(found: dict[Any, Found], empty: Callable[[], Found]) -> dict[Any, Found]:
-    """Merges each entry over all processes, in the same order everywhere, so that every rank holds the same bits."""
+def merge_across_processes(
+    found: dict[Any, Found], empty: Callable[[], Found], failure: FloatingPointError | None = None
+) -> dict[Any, Found]:
+    """
+    Merges each entry over all processes, in the same order everywhere, so that every rank holds the same bits. What a
+    rank failed with is raised by all of them: one alone would leave the others waiting.
+    """
     merged = {key: empty() for key in found}
-    for part in gather_object([found]):
+    parts = gather_object([(found, failure)])
+    failures = [error for _, error in parts if error is not None]
+    if failures:
+        raise failures[0]
+    for part, _ in parts:
         for key, value in part.items():
             merged[key].merge(value)
     return merged

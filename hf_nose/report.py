@@ -6,12 +6,13 @@ import math
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from hf_nose.distillation import describe
-from hf_nose.figures import MODEL_NAMES, RECORDS, Records, read_records
-from hf_nose.files import write_text
+from .distillation import describe
+from .figures import MODEL_NAMES
+from .files import write_text
+from .records import RECORDS, Records, public_name, read_records
 
 
 CAPTIONS = {
@@ -20,7 +21,6 @@ CAPTIONS = {
     "trajectory": "The search, a row a round, a column a block (the paper's Fig. 4).",
     "training": "M, loss and accuracy over the steps of training.",
 }
-STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate")  # in the order of figures.RECORDS
 COLUMNS = ("top-1 %", "top-5 %", "loss", "params M", "MACs", "images/s", "speed")
 
 
@@ -63,9 +63,13 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load_line(model: str | os.PathLike[str]) -> str:
-    """The line of code that loads a compressed checkpoint, after `import hf_nose`."""
-    return f"AutoModelForImageClassification.from_pretrained({os.fspath(model)!r})"
+def load_lines(model: str | os.PathLike[str]) -> list[str]:
+    """The lines of code that load a compressed checkpoint."""
+    return [
+        "import hf_nose",
+        "from transformers import AutoModelForImageClassification",
+        f"model = AutoModelForImageClassification.from_pretrained({os.fspath(model)!r})",
+    ]
 
 
 def summary_table(folder: str | os.PathLike[str]) -> str:
@@ -125,15 +129,6 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
 
 
-def public_name(source: str, public_id: str | None) -> str:
-    """The public id where there is one; of a path only the last part (a Hub id has at most one slash)."""
-    if public_id is not None:
-        return public_id
-    source = source.replace("\\", "/")
-    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or source[1:2] == ":"
-    return PurePosixPath(source).name if is_path else source
-
-
 def _title(records: Records) -> str:
     if "prepare" not in records:
         return "A run of hf_nose"
@@ -145,12 +140,8 @@ def _title(records: Records) -> str:
 def _loading(folder: Path) -> list[str]:
     if not (folder / "model").is_dir():
         return []
-    lines = [
-        "import hf_nose",
-        "from transformers import AutoModelForImageClassification",
-        f"model = {load_line('model')}",
-    ]
-    return ["\n".join(["The compressed model loads, from this folder, with", "", "```python", *lines, "```"])]
+    lines = ["The compressed model loads, from this folder, with", "", "```python", *load_lines("model"), "```"]
+    return ["\n".join(lines)]
 
 
 def _comparison(records: Records) -> list[str]:
@@ -269,7 +260,8 @@ def _data(records: Records) -> list[str]:
 
 
 def _missing(records: Records) -> list[str]:
-    stages = [stage for name, stage in zip(RECORDS, STAGES, strict=True) if name not in records]
+    files = {stage: name.removesuffix(".json") for stage, name in RECORDS.items() if stage != "report"}
+    stages = [stage for stage, name in files.items() if name not in records]
     lines = [f"- Stages not run in this folder: {', '.join(stages)}."] if stages else []
     if "metrics" in records and "dense_control" not in records["metrics"]["models"]:
         lines.append("- A dense model of equal total steps, so a difference may come from training, not from removal.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 
 from .configuration_nose_vit import NoseViTConfig
-from .context import RECORDS, RunContext
+from .context import RunContext
 from .distillation import describe
 from .files import locked, read_json, write_json, write_text
 from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import count_macs, count_parameters
-from .report import load_line, summary_table
+from .records import RECORDS
+from .report import load_lines, summary_table
 from .schedules import scheduled_mask
 from .settings import STAGES, Settings
 from .stages import STAGE_FUNCTIONS
@@ -25,6 +27,13 @@ from .stages import STAGE_FUNCTIONS
 # Everything a run may leave in its folder; nothing else is ever deleted.
 FILES = (*RECORDS.values(), "settings.yaml", "report.md")
 FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training")
+# What stages leave beside their records.
+MADE_BY = {
+    "prepare": ("dense",),
+    "dilute": ("diluted", "dense_control"),
+    "fold": ("model",),
+    "report": ("report.md", "figures"),
+}
 # The stages that train, with the folders of their checkpoints.
 TRAININGS = {"prepare": ("dense",), "dilute": ("dilution", "dense_control")}
 
@@ -61,6 +70,8 @@ def rerun_stage(settings: Settings, stage: str) -> RunContext:
         record = run_stage(run, stage, "[1/1]")
         # A stage that does not train and fails has lost nothing.
         drop_results(run, STAGES[number + 1 :])
+        for name in (name for later in STAGES[number + 1 :] for name in MADE_BY.get(later, ())):
+            drop(run, name)
         run.write(stage, record)
     return run
 
@@ -94,8 +105,7 @@ def open_folder(run: RunContext) -> None:
     used, strangers = sorted(found & own), sorted(found - own)
     if settings.overwrite:
         for name in used:
-            path = run.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            drop(run, name)
     elif settings.resume:
         check_settings(run, STAGES)
     elif used or strangers:
@@ -132,6 +142,13 @@ def drop_results(run: RunContext, stages: Sequence[str]) -> None:
     run.state.wait_for_everyone()
 
 
+def drop(run: RunContext, name: str) -> None:
+    """Deletes a file or folder of the run, where it is there."""
+    path = run.folder / name
+    if run.is_main:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def drop_training(run: RunContext, stage: str) -> None:
     """Checkpoints of a stage that is run anew would otherwise be resumed."""
     if not run.is_main:
@@ -155,7 +172,7 @@ def finish(run: RunContext) -> None:
     if run.is_finished("evaluate"):
         run.say("\n" + summary_table(run.folder))
     if (run.folder / "model").is_dir():
-        run.say("\nLoad it:\n" + load_line(run.folder / "model"))
+        run.say("\nLoad it:\n" + "\n".join(load_lines(run.folder / "model")))
     if run.is_finished("report"):
         run.say(f"\nReport: {run.folder / 'report.md'}")
 
@@ -164,8 +181,8 @@ def dry_run(run: RunContext) -> None:
     """Shows what the run would do, and runs one forward; writes nothing."""
     settings = run.settings
     run.say(settings.to_yaml())
-    classes = run.data.class_names if settings.model.endswith(("digits-vit", ".json")) else None
-    model, processor = dense_model(settings, classes)
+    run.say(f"Stages: {', '.join(stage for stage in STAGES if stage in settings.stage_list)}; folder: {run.folder}")
+    model, processor = dense_model(settings, run.data.class_names)
     layers, count = planned_layers(settings, model.config)
     candidates = model.vit.kept_attention_layers
     # Which layers go changes neither parameters nor MACs.
@@ -180,7 +197,7 @@ def dry_run(run: RunContext) -> None:
         scale = "M" if unit == 1e6 else "G"
         run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
     if settings.is_trained:
-        run.say(f"Schedule: {schedule_points(settings)}; compensation {'on' if settings.uses_compensation else 'off'}")
+        run.say(f"Schedule: {schedule_points(run)}; compensation {'on' if settings.uses_compensation else 'off'}")
     if settings.is_distilled:
         check_teacher(settings, model.config, processor)
         run.say(f"Distillation: from {settings.teacher or 'dense'}, {describe(distillation_options(settings))}")
@@ -199,16 +216,25 @@ def macs(model: torch.nn.Module) -> int:
     return count_macs(model)["total"]
 
 
-def schedule_points(settings: Settings) -> str:
+def schedule_points(run: RunContext) -> str:
     """M at the quarters of training."""
-    steps = settings.steps or 1000
+    settings = run.settings
+    steps = settings.steps or math.ceil((settings.epochs or 0) * steps_per_epoch(run))
     points = [0, steps // 4, steps // 2, 3 * steps // 4, steps - 1]
-    value: Any = [
+    values = [
         scheduled_mask(settings.schedule, settings.decay, settings.unit, step, steps, settings.epochs)
         for step in points
     ]
-    places = points if settings.steps else [f"{100 * point // steps} %" for point in points]
-    return f"{settings.schedule}, M at step " + ", ".join(f"{p}: {v:.3f}" for p, v in zip(places, value, strict=True))
+    shown = ", ".join(f"{point}: {value:.3f}" for point, value in zip(points, values, strict=True))
+    return f"{settings.schedule}, M at step {shown}, of {steps} steps"
+
+
+def steps_per_epoch(run: RunContext) -> int:
+    """Optimizer steps in which every training image is seen once."""
+    settings = run.settings
+    assert run.data.train is not None
+    batches = math.ceil(len(run.data.train) / (settings.batch_size * run.state.num_processes))
+    return math.ceil(batches / settings.gradient_accumulation_steps)
 
 
 def folder_settings(folder: Path) -> Path:

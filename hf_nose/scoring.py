@@ -87,7 +87,7 @@ class SetScorer:
         base = tuple(sorted(base))
         if self.dense is None and base:
             self.expand((), [])
-        evidence = self._gather(self._pass(base, candidates))
+        evidence = self._gather(*self._pass(base, candidates))
         if self.dense is None:
             self.dense = evidence[base]
             self.num_images = self.dense.num_images
@@ -101,48 +101,54 @@ class SetScorer:
         return Score(value, self.criterion.cost(value, self.sign))
 
     @torch.no_grad()
-    def _pass(self, base: LayerSet, candidates: Sequence[int]) -> dict[LayerSet, Evidence]:
-        """One pass over this rank's batches: the base set from the start, each candidate from its own block on."""
+    def _pass(
+        self, base: LayerSet, candidates: Sequence[int]
+    ) -> tuple[dict[LayerSet, Evidence], FloatingPointError | None]:
+        """
+        One pass over this rank's batches: the base set from the start, each candidate from its own block on. What is
+        not finite ends it, for all ranks to raise together.
+        """
         is_dense = self.dense is None
         evidence = {base: Evidence(), **{tuple(sorted((*base, layer))): Evidence() for layer in candidates}}
         with evaluating(self.model), self.vit.masked_attention(base, self.mask):
-            for index, (_, batch) in enumerate(deal(self.batches, self.rank, self.world_size)):
+            for number, (index, batch) in enumerate(deal(self.batches, self.rank, self.world_size)):
                 batch = {name: tensor.to(self.vit.device) for name, tensor in batch.items()}
                 with block_inputs(self.vit.blocks) as inputs:
                     outputs = self._outputs(batch)
                 self.block_forwards += len(self.vit.layers)
                 if is_dense and self.criterion.name == "prediction_kl":
                     self._dense_logits.append(outputs.logits.cpu())
-                self._see(evidence[base], outputs, batch, index)
-                for layer in candidates:
-                    with (
-                        self.vit.masked_attention([layer], self.mask),
-                        self.vit.starting_at(layer, inputs[layer]),
-                    ):
-                        outputs = self._outputs(batch)
-                    self.block_forwards += len(self.vit.layers) - layer
-                    self._see(evidence[tuple(sorted((*base, layer)))], outputs, batch, index)
-        return evidence
+                try:
+                    self._see(evidence[base], outputs, batch, number)
+                    for layer in candidates:
+                        with (
+                            self.vit.masked_attention([layer], self.mask),
+                            self.vit.starting_at(layer, inputs[layer]),
+                        ):
+                            outputs = self._outputs(batch)
+                        self.block_forwards += len(self.vit.layers) - layer
+                        self._see(evidence[tuple(sorted((*base, layer)))], outputs, batch, number)
+                except FloatingPointError as error:
+                    return evidence, FloatingPointError(f"Calibration batch {index}: {error}")
+        return evidence, None
 
     def _outputs(self, batch: dict[str, torch.Tensor]) -> Any:
         """The whole model where logits are asked for, the bare ViT where its class token is."""
         wants_logits = self.criterion.needs_logits or self.target != "features"
         return self.model(batch["pixel_values"]) if wants_logits else self.vit(batch["pixel_values"])
 
-    def _see(self, evidence: Evidence, outputs: Any, batch: dict[str, torch.Tensor], index: int) -> None:
+    def _see(self, evidence: Evidence, outputs: Any, batch: dict[str, torch.Tensor], number: int) -> None:
+        """Adds what one forward gave; `number` counts this rank's batches."""
         evidence.num_images += len(batch["pixel_values"])
         if not self.criterion.needs_logits:
-            try:
-                evidence.moments.update(self._target(outputs))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"Calibration batch {index} of rank {self.rank}: {error}") from error
+            evidence.moments.update(self._target(outputs))
             return
         if self.criterion.needs_labels and "labels" not in batch:
             raise ValueError(f"criterion {self.criterion.name!r} needs `labels` in every batch.")
         if not torch.isfinite(outputs.logits).all():
-            raise FloatingPointError(f"Calibration batch {index} of rank {self.rank}: logits hold NaN or infinity.")
+            raise FloatingPointError("logits hold NaN or infinity.")
         labels = batch["labels"] if self.criterion.needs_labels else None
-        dense = self._dense_logits[index].to(outputs.logits.device) if self._dense_logits else None
+        dense = self._dense_logits[number].to(outputs.logits.device) if self._dense_logits else None
         evidence.see_predictions(outputs.logits, labels, dense)
 
     def _target(self, outputs: Any) -> torch.Tensor:
@@ -152,9 +158,11 @@ class SetScorer:
             return outputs.last_hidden_state[:, 0]
         return self.target(outputs)  # type: ignore[operator]
 
-    def _gather(self, evidence: dict[LayerSet, Evidence]) -> dict[LayerSet, Evidence]:
+    def _gather(
+        self, evidence: dict[LayerSet, Evidence], failure: FloatingPointError | None
+    ) -> dict[LayerSet, Evidence]:
         """The evidence of all ranks, the same bits on each, so that all pick the same layer."""
-        merged = merge_across_processes(evidence, Evidence)
+        merged = merge_across_processes(evidence, Evidence, failure)
         if not next(iter(merged.values())).num_images:
             raise ValueError("batches is empty: give calibration images.")
         return merged

@@ -183,6 +183,18 @@ def random(
 SEARCHES = {"greedy": greedy, "beam": beam, "exhaustive": exhaustive, "first": first, "random": random}
 
 
+def num_passes(search: str, num_kept: int, num_layers: int, beam_width: int = 3, num_draws: int = 1) -> int:
+    """How many passes over the calibration images a search makes, for progress bars; of the beam, at most."""
+    return {
+        "greedy": num_layers,
+        "beam": 1 + sum(min(beam_width, comb(num_kept, size)) for size in range(1, num_layers)),
+        # Beside one for every set that has a successor, one for the dense model.
+        "exhaustive": comb(num_kept - 1, num_layers - 1) + (num_layers > 1),
+        "first": 2,
+        "random": num_draws + 1,
+    }[search]
+
+
 def random_sets(kept: list[int], num_layers: int, num_draws: int, seed: int) -> list[tuple[int, ...]]:
     """`num_draws` different sorted sets of `num_layers` of the layers in `kept`, the same for the same seed."""
     if not 1 <= num_draws <= comb(len(kept), num_layers):

@@ -13,7 +13,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from .criteria import CRITERIA, SIGNS
-from .distillation import FEATURES, check_options
+from .distillation import FEATURES, check_distillation
 from .modeling_nose_vit import MASK_GAINS
 from .schedules import SCHEDULES, UNITS, decay_length
 from .selection import SEARCHES
@@ -66,6 +66,7 @@ class Settings:
     criterion: str = option("transfer_entropy", "What a set of layers is scored by.", choices=tuple(CRITERIA))
     search: str = option("greedy", "How sets are searched.", choices=tuple(SEARCHES))
     beam_width: int = option(3, "Sets the beam search keeps.")
+    num_draws: int = option(1, "Sets the random search draws and scores; the first is taken.")
     mask: str = option("skip", "Masked attention leaves x ('skip') or 2x ('double').", choices=tuple(MASK_GAINS))
     sign: str = option("absolute", "Minimise |TE| or the signed TE.", choices=SIGNS)
     target: str = option("logits", "Whose entropy counts.", choices=("logits", "features"))
@@ -129,7 +130,7 @@ class Settings:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other.")
-        self.check_distillation()
+        check_distillation(vars(self), self.is_distilled, self.is_trained)
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
         if not self.is_trained and self.feature_compensation:
@@ -158,26 +159,6 @@ class Settings:
         if self.steps or self.unit == "epoch" and self.epochs:
             # Refused here, not after the dense training.
             decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
-
-    def check_distillation(self) -> None:
-        """Refuses, by name, a distillation that cannot be or would not happen."""
-        features = self.distillation_features
-        check_options(
-            self.distillation_weight, self.distillation_temperature, features, self.distillation_feature_weight
-        )
-        if (features == "none") != (self.distillation_blocks is None):
-            raise ValueError(
-                "distillation_features and distillation_blocks need each other, got "
-                f"{features!r} and {self.distillation_blocks!r}: say which tokens to compare, behind which blocks."
-            )
-        if self.is_distilled and not self.is_trained:
-            raise ValueError("distillation needs training: set steps or epochs.")
-        if self.distillation_control and not (self.control and self.is_distilled):
-            raise ValueError("distillation_control needs control, and a distillation_weight or distillation_features.")
-        if self.teacher is not None and not self.is_distilled:
-            raise ValueError(
-                f"teacher {self.teacher!r} has no part: set distillation_weight or distillation_features."
-            )
 
     @property
     def stage_list(self) -> list[str]:
@@ -235,7 +216,7 @@ DEPENDS = {
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
-        "beam_width mask sign target"
+        "beam_width num_draws mask sign target"
     ),
     "dilute": (
         "seed steps epochs schedule decay unit feature_compensation control teacher distillation_weight "
@@ -246,7 +227,14 @@ DEPENDS = {
 }
 POSITIVE = (
     *("num_removed", "max_train_samples", "max_eval_samples"),
-    *("num_calibration", "calibration_batch_size", "beam_width", "batch_size", "gradient_accumulation_steps"),
+    *(
+        "num_calibration",
+        "calibration_batch_size",
+        "beam_width",
+        "num_draws",
+        "batch_size",
+        "gradient_accumulation_steps",
+    ),
     *("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "throughput_batch_size"),
 )
 # A flag of a group takes the place of whatever the recipe says of the group.
@@ -279,6 +267,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
             f"{path.name} has unknown settings {', '.join(unknown)}. Known are {', '.join(sorted(known))}."
         )
     return recipe
+
+
+def as_typed(value: Any) -> str:
+    """A recipe's value as on the command line; a YAML list as its items with commas."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def run_folder(output_dir: str | None, recipe: str | None, model: str) -> Path:
@@ -314,7 +307,8 @@ def parse_settings(arguments: Sequence[str], prog: str | None = None, base: Path
         if names & {f"--{key}" for key in group}:
             recipe = {key: value for key, value in recipe.items() if key not in group}
     recipe["recipe"] = first.recipe
-    typed = [text for key, value in recipe.items() if value is not None for text in (f"--{key}", str(value))]
+    # As one word: a value such as -1 is no flag.
+    typed = [f"--{key}={as_typed(value)}" for key, value in recipe.items() if value is not None]
     parser = settings_parser(prog)
     settings, unknown = parser.parse_args_into_dataclasses(args=[*typed, *arguments], return_remaining_strings=True)
     if unknown:

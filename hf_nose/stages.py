@@ -7,18 +7,20 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from .context import Progress, RunContext, public_name
+from .context import Progress, RunContext
 from .dilution import DilutionCallback
 from .distillation import Distiller
 from .entropy import layer_profile
 from .figures import draw_figures
 from .images import ImageBatches
+from .loading import load_classifier
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
-from .plan import check_teacher, dense_model, distillation_options, is_scratch, load_teacher, planned_layers
+from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware
+from .records import EMBEDDED, public_id
 from .report import write_report
-from .selection import Selection, random_sets, select_attention_layers
+from .selection import Selection, num_passes, random_sets, select_attention_layers
 from .surgery import fold
 from .training import fit, training_arguments
 
@@ -47,12 +49,12 @@ def prepare(run: RunContext) -> dict[str, Any]:
         )
     run.save("dense", model, processor)
     assert run.data.train is not None
+    model_id = public_id(settings.model, settings.base_model_id)
+    dataset_id = public_id(settings.dataset, settings.dataset_id)
     return {
         "model": {
-            "source": public_name(settings.model, settings.base_model_id) or "a local folder",
-            "base_model_id": None
-            if is_scratch(settings.model)
-            else public_name(settings.model, settings.base_model_id),
+            "source": shown(settings.model, model_id, "a local folder"),
+            "base_model_id": model_id,
             "num_hidden_layers": model.config.num_hidden_layers,
             "hidden_size": model.config.hidden_size,
             "num_labels": model.num_labels,
@@ -60,8 +62,8 @@ def prepare(run: RunContext) -> dict[str, Any]:
             "macs": count_macs(model)["total"],
         },
         "data": {
-            "dataset": public_name(settings.dataset, settings.dataset_id) or "a local data set",
-            "dataset_id": public_name(settings.dataset, settings.dataset_id),
+            "dataset": shown(settings.dataset, dataset_id, "a local data set"),
+            "dataset_id": dataset_id,
             "num_train": len(run.data.train),
             "num_eval": len(run.data.evaluation),
             "notes": run.data.notes,
@@ -94,7 +96,8 @@ def select(run: RunContext) -> dict[str, Any]:
         selection = Selection(layers=layers, search="given", **options)
         return {**vars(selection), "num_layers": len(layers), "calibration": None}
     calibration = run.calibration(model.num_labels)
-    rounds = count if settings.search == "greedy" else 1
+    kept = model.vit.kept_attention_layers
+    rounds = num_passes(settings.search, len(kept), count, settings.beam_width, settings.num_draws)
     with Progress(calibration, f"Selecting {count} layers", rounds, disable=not run.is_main) as batches:
         selection = select_attention_layers(
             model,
@@ -106,6 +109,7 @@ def select(run: RunContext) -> dict[str, Any]:
             sign=settings.sign,
             target=settings.target,
             beam_width=settings.beam_width,
+            num_draws=settings.num_draws,
             seed=settings.seed,
         )
     run.say(f"Picked, in this order: {selection.layers}")
@@ -181,9 +185,12 @@ def teach(run: RunContext, student: NoseViTForImageClassification) -> tuple[Dist
     """The distiller of the settings, and its record."""
     settings = run.settings
     check_teacher(settings, student.config, run.processor)
-    teacher = run.load("dense") if settings.has_own_teacher else load_teacher(settings)
+    if settings.has_own_teacher:
+        name, teacher = "dense", run.load("dense")
+    else:
+        source = str(settings.teacher)
+        name, teacher = shown(source, public_id(source), "a local folder"), load_classifier(source)
     distiller = Distiller(teacher, **distillation_options(settings))
-    name = "dense" if settings.has_own_teacher else public_name(str(settings.teacher), None) or "a local folder"
     return distiller, {"teacher": name, **distiller.to_record(), "control": settings.distillation_control}
 
 
@@ -196,6 +203,9 @@ def fold_stage(run: RunContext) -> dict[str, Any]:
     pixel_values = torch.stack([images[index]["pixel_values"] for index in range(count)]).to(run.device)
     with torch.no_grad():
         before, after = model(pixel_values).logits, folded(pixel_values).logits
+    if folded.dtype == torch.float32 and not torch.equal(before, after):
+        difference = float((before - after).abs().max())
+        raise ArithmeticError(f"Folding changed the logits of evaluation images by up to {difference:.3g}.")
     run.save("model", folded)
     return {
         "removed_attention_layers": folded.config.removed_attention_layers,
@@ -221,10 +231,9 @@ def evaluate(run: RunContext) -> dict[str, Any]:
 
     results = {name: measure(model, f"Evaluating {name.replace('_', ' ')}") for name, model in models.items()}
     controls = []
-    for name, layers in control_sets(run, models["dense"].vit.kept_attention_layers):
-        with models["dense"].masked_attention(layers, settings.mask):
-            found = measure(models["dense"], name)
-        controls.append({"name": name, "layers": layers, **found})
+    for control in control_sets(run, models["dense"].vit.kept_attention_layers):
+        with models["dense"].masked_attention(control["layers"], settings.mask):
+            controls.append({**control, **measure(models["dense"], control["name"])})
     if not run.is_main:
         # One process measures speed, while the others wait.
         return {}
@@ -260,6 +269,11 @@ def report(run: RunContext) -> dict[str, Any]:
     }
 
 
+def shown(source: str, public: str | None, local: str) -> str:
+    """What people read where a model or data set is named: its public id, the embedded one's name, never a path."""
+    return public or (source if source in EMBEDDED else local)
+
+
 STAGE_FUNCTIONS = {
     "prepare": prepare,
     "profile": profile,
@@ -271,7 +285,7 @@ STAGE_FUNCTIONS = {
 }
 
 
-def control_sets(run: RunContext, candidates: list[int]) -> list[tuple[str, list[int]]]:
+def control_sets(run: RunContext, candidates: list[int]) -> list[dict[str, Any]]:
     """Sets to evaluate masked and untrained in the dense model: the chosen one, the first N, random ones."""
     selection = run.read("select")
     count = len(selection["layers"])
@@ -281,7 +295,10 @@ def control_sets(run: RunContext, candidates: list[int]) -> list[tuple[str, list
     number = run.settings.random_controls
     draws = random_sets(candidates, count, number, run.settings.seed) if number else []
     return [
-        (f"{chosen}, masked, untrained", sorted(selection["layers"])),
-        (f"First-{count}, masked, untrained", candidates[:count]),
-        *(("random, masked, untrained", list(layers)) for layers in draws),
+        {"name": f"{chosen}, masked, untrained", "layers": sorted(selection["layers"])},
+        {"name": f"First-{count}, masked, untrained", "layers": candidates[:count]},
+        *(
+            {"name": "random, masked, untrained", "layers": list(layers), "seed": run.settings.seed, "draw": draw}
+            for draw, layers in enumerate(draws)
+        ),
     ]

@@ -18,9 +18,9 @@ from .augmentation import BatchAugmentation
 from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
 from .distillation import Distiller
 from .ema import ExponentialMovingAverage
-from .files import manifest_error
 from .images import ImageDataset
 from .launch import check_launch
+from .manifests import manifest_error
 from .metrics import TopKAccuracy, top5_ids
 from .modeling_nose_vit import nose_vit
 from .settings import Settings

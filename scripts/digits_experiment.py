@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hf_nose.context import RECORDS
 from hf_nose.files import read_json, write_json
+from hf_nose.records import RECORDS
 from hf_nose.run import run_job
 from hf_nose.settings import parse_settings
 
@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
             if not path.is_file():
                 write_json(path, run_arm(arm, seed, options.work_dir, flags))
     write_json(options.results / "summary.json", summary(options.results))
-    publish_figures(options.work_dir / f"seed{seed_of_median(options.results)}" / BASE, options.results)
     return 0
 
 
@@ -90,7 +89,7 @@ def accuracy_of(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: Path) -> dict[str, Any]:
-    """Medians over the seeds, per arm, of top-1 in percent; dense and masked ones beside."""
+    """Per arm, top-1 in percent and what training gained over masking alone, with medians over the seeds."""
     arms: dict[str, Any] = {}
     for arm in ARMS:
         records = [read_json(path) for path in sorted(results.glob(f"{arm}-seed*.json"))]
@@ -98,6 +97,7 @@ def summary(results: Path) -> dict[str, Any]:
             continue
         top1 = [100 * record["models"]["compressed"]["top1"] for record in records]
         masked = [100 * record["controls"][0]["top1"] for record in records]
+        gain = [after - before for after, before in zip(top1, masked, strict=True)]
         arms[arm] = {
             "seeds": [record["seed"] for record in records],
             "layers": [record["layers"] for record in records],
@@ -105,6 +105,8 @@ def summary(results: Path) -> dict[str, Any]:
             "top1_median": statistics.median(top1),
             "masked_untrained_top1": masked,
             "masked_untrained_top1_median": statistics.median(masked),
+            "gain": gain,
+            "gain_median": statistics.median(gain),
         }
     base = [read_json(path) for path in sorted(results.glob(f"{BASE}-seed*.json"))]
     arms["dense"] = medians([record["models"]["dense"]["top1"] for record in base])
@@ -125,18 +127,6 @@ def medians(fractions: list[float]) -> dict[str, Any]:
     """Percentages and their median."""
     top1 = [100 * value for value in fractions]
     return {"top1": top1, "top1_median": statistics.median(top1)}
-
-
-def seed_of_median(results: Path) -> int:
-    """The seed whose compressed model is the median one: its pictures are shown."""
-    arm = read_json(results / "summary.json")["arms"][BASE]
-    return arm["seeds"][sorted(range(len(arm["top1"])), key=lambda i: arm["top1"][i])[len(arm["top1"]) // 2]]
-
-
-def publish_figures(run: Path, results: Path) -> None:
-    """Copies the pictures of one run beside the numbers."""
-    if run.is_dir():
-        shutil.copytree(run / "figures", results / "figures", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_nose import NoseViTForImageClassification
-from hf_nose.context import public_name
 from hf_nose.criteria import CRITERIA, Evidence
 from hf_nose.data import load_image_data
 from hf_nose.files import write_json
 from hf_nose.images import ImageBatches, ImageDataset, load_processor
 from hf_nose.modeling_nose_vit import MASK_GAINS, nose_vit
 from hf_nose.profiling import hardware
+from hf_nose.records import public_id
 from hf_nose.scoring import block_inputs
 
 
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         for mask, sign in VARIANTS
     }
     record = {
-        "model": public_name(options.model, options.base_model_id),
-        "dataset": public_name(options.dataset, options.dataset_id),
+        "model": public_id(options.model, options.base_model_id),
+        "dataset": public_id(options.dataset, options.dataset_id),
         "num_images": len(dense),
         "criterion": "transfer_entropy",
         "target": "logits",

@@ -1,12 +1,20 @@
 #!/usr/bin/env python
-"""Writes the generated parts of README.md: measured figures from the committed JSON, the file tree from the files."""
+"""
+Writes the generated parts of README.md: measured figures from the committed JSON, the file tree from the files.
 
+    python scripts/render_results.py                    # after a change of files or results
+    python scripts/render_results.py --run runs/digits  # takes the figures of a new `make run` first
+"""
+
+import argparse
 import ast
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from hf_nose.files import read_json, write_text
+from hf_nose.records import RECORDS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,11 +31,23 @@ ROWS = {
 }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Renders both parts in place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a finished run of the recipe digits, to be shown")
+    options = parser.parse_args(argv)
+    if options.run is not None:
+        publish_run(options.run, RESULTS / "run")
     path = ROOT / "README.md"
     write_text(path, rendered(path.read_text(encoding="utf-8")))
     return 0
+
+
+def publish_run(run: Path, results: Path) -> None:
+    """Copies the records and pictures that README shows of a run."""
+    shutil.copytree(run / "figures", results / "figures", dirs_exist_ok=True)
+    for stage in ("select", "evaluate"):
+        shutil.copy2(run / RECORDS[stage], results / RECORDS[stage])
 
 
 def rendered(readme: str) -> str:
@@ -60,13 +80,13 @@ def results(folder: Path) -> str:
         f"Three seeds, {steps['dense']} dense steps, then {steps['after']} more for every arm, top-1 in percent on "
         f"{summary['num_images']} test images:",
         "",
-        "| model | median | each seed | masked, before training |",
-        "|---|---|---|---|",
+        "| model | median | each seed | masked, before training | gained by training, each seed |",
+        "|---|---|---|---|---|",
         *(accuracy_row(text, arms[name]) for name, text in ROWS.items()),
-        f"| First-5, masked, never trained | {percent(arms['first-5-masked-untrained']['top1_median'])} | | |",
-        f"| random 5 of 12, masked, never trained | {percent(arms['random-masked-untrained']['top1_median'])} | | |",
+        f"| First-5, masked, never trained | {percent(arms['first-5-masked-untrained']['top1_median'])} | | | |",
+        f"| random 5 of 12, masked, never trained | {percent(arms['random-masked-untrained']['top1_median'])} | | | |",
         "",
-        "![Transfer entropy of every candidate in every round](model_cards/results/digits/figures/trajectory.png)",
+        "![Transfer entropy of every candidate in every round](model_cards/results/digits/run/figures/trajectory.png)",
         "",
         "Handwritten digits are easy; they show that the machinery works, not what the method is worth on ImageNet. "
         "The control that the paper does not show, removal in one shot with as many steps, stands beside dilution.",
@@ -85,9 +105,12 @@ def speed_row(name: str, model: dict[str, Any]) -> str:
 
 def accuracy_row(text: str, arm: dict[str, Any]) -> str:
     """One arm of the experiment."""
-    masked = arm.get("masked_untrained_top1_median")
     seeds = ", ".join(percent(value) for value in arm["top1"])
-    return f"| {text} | {percent(arm['top1_median'])} | {seeds} | {'' if masked is None else percent(masked)} |"
+    masked, gain = "", ""
+    if "gain" in arm:
+        masked = percent(arm["masked_untrained_top1_median"])
+        gain = ", ".join(percent(value) for value in arm["gain"])
+    return f"| {text} | {percent(arm['top1_median'])} | {seeds} | {masked} | {gain} |"
 
 
 def percent(value: float) -> str:
@@ -95,13 +118,35 @@ def percent(value: float) -> str:
     return f"{value:.1f}"
 
 
+# What is no code says in one line here what it is.
+FILES = {
+    "Makefile": "set-up, run, test, quality, results: `make help`",
+    "pyproject.toml": "packaging, extras, and the settings of the tools",
+    "constraints.txt": "the tested stack, pinned",
+    "requirements-dev.txt": "what `make` installs",
+    "CONTRIBUTING.md": "the map of the house and its rules",
+    "CHANGELOG.md": "what users notice",
+    "CITATION.cff": "how to cite the paper and the software",
+    "LICENSE": "Apache-2.0",
+    ".ci/run": "what continuous integration runs",
+    ".github/workflows/ci.yml": "the same for forks",
+    ".pre-commit-config.yaml": "checks before a commit",
+    "hf_nose/assets/digits-vit.json": "the small ViT of the embedded default",
+    "hf_nose/assets/published.csv": "the paper's figures, never in one column with ours",
+    "hf_nose/py.typed": "says that the package has types",
+    "model_cards/results/": "measured JSON and pictures, a folder an experiment",
+}
+
+
 def file_tree(root: Path) -> str:
-    """Every file of the library and the scripts with the first line of its documentation."""
+    """Every file with one line on what it is: the first of its documentation where it has some."""
     lines = ["```"]
-    for folder, pattern in (("hf_nose", "*.py"), ("hf_nose/recipes", "*.yaml"), ("scripts", "*.py")):
+    folders = (("hf_nose", "*.py"), ("hf_nose/recipes", "*.yaml"), ("scripts", "*.py"), ("tests", "**/*.py"))
+    for folder, pattern in folders:
         lines.append(f"{folder}/")
         for path in sorted((root / folder).glob(pattern)):
-            lines.append(f"  {path.name:<30}{first_line(path)}")
+            lines.append(f"  {path.relative_to(root / folder).as_posix():<34}{first_line(path)}")
+    lines += [f"{name:<36}{text}" for name, text in FILES.items()]
     return "\n".join([*lines, "```", ""])
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from hf_nose import NoseViTForImageClassification, select_attention_layers
-from hf_nose.context import public_name
 from hf_nose.criteria import CRITERIA, Evidence
 from hf_nose.data import load_image_data
 from hf_nose.files import write_json
 from hf_nose.images import ImageBatches, ImageDataset, load_processor
 from hf_nose.profiling import hardware
+from hf_nose.records import public_id
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         for layer, value in other.items()
     ]
     record = {
-        "model": public_name(options.model, options.base_model_id),
-        "dataset": public_name(options.dataset, options.dataset_id),
+        "model": public_id(options.model, options.base_model_id),
+        "dataset": public_id(options.dataset, options.dataset_id),
         "num_images": len(images),
         "layers": selection.layers,
         "block_forwards_per_batch": {

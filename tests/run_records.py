@@ -54,7 +54,8 @@ def _entry(stream, branch):
         "branch": branch,
         "stream_scale_free": stream,
         "branch_scale_free": branch,
-        "constant_channels": 0,
+        "stream_constant_channels": 0,
+        "branch_constant_channels": 0,
     }
 
 

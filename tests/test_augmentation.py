@@ -1,3 +1,5 @@
+"""Augmentation repeats after a resume and moves images as it says."""
+
 import pytest
 import torch
 

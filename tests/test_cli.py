@@ -1,3 +1,5 @@
+"""Verbs, exit codes, and how light the help is."""
+
 import getpass
 import json
 import os

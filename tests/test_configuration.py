@@ -1,3 +1,5 @@
+"""What a configuration takes, refuses and keeps through a file."""
+
 import json
 
 import pytest

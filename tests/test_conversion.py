@@ -1,3 +1,5 @@
+"""`from_vit` against stock models: the same logits, and every key accounted for."""
+
 import copy
 import json
 

@@ -1,3 +1,5 @@
+"""Criteria against their definitions, computed another way."""
+
 import math
 from itertools import pairwise
 

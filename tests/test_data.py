@@ -1,3 +1,5 @@
+"""Which images train, evaluate and calibrate."""
+
 import io
 from pathlib import Path
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_training import Images, arguments, model, weights
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_nose.dilution import DilutionCallback
 from hf_nose.modeling_nose_vit import nose_vit
@@ -56,7 +56,7 @@ def train(folder, diluted, callback, steps=STEPS, epochs=None, count=22, resume=
 
 
 def begin(callback, found, state):
-    callback.on_train_begin(None, state, TrainerControl(), model=found)
+    callback.on_train_begin(TrainingArguments(output_dir="unused"), state, TrainerControl(), model=found)
 
 
 def step(callback, found, state):
@@ -261,3 +261,17 @@ def test_none_or_two_models_inside_are_refused():
         begin(DilutionCallback(), nn.Linear(2, 2), state)
     with pytest.raises(ValueError, match="exactly one NoseViTModel, ModuleList holds 2"):
         begin(DilutionCallback(), nn.ModuleList([model(DILUTED), model(DILUTED)]), state)
+
+
+def test_the_best_model_at_the_end_is_refused_by_the_callback_too():
+    """A stock Trainer with this callback would load an early checkpoint with M near 1."""
+    arguments = TrainingArguments(
+        output_dir="unused",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_steps=500,
+        eval_steps=500,
+        save_strategy="steps",
+    )
+    with pytest.raises(ValueError, match="load_best_model_at_end would pick an early checkpoint"):
+        DilutionCallback().on_train_begin(arguments, TrainerState(max_steps=10), TrainerControl(), model=model([1]))

@@ -1,3 +1,5 @@
+"""Pictures show what the records say, read back from the axes."""
+
 import json
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Decoding and processing, and the row named where it fails."""
+
 import io
 import json
 

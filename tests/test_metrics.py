@@ -1,3 +1,5 @@
+"""Top-k accuracy, also over two processes."""
+
 import math
 import os
 import subprocess

@@ -1,3 +1,5 @@
+"""Blocks kept, diluted and removed against a ViT written here."""
+
 import copy
 import logging
 import math

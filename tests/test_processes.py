@@ -1,3 +1,5 @@
+"""Batches dealt, findings merged."""
+
 from collections.abc import Sequence
 
 import pytest

@@ -1,3 +1,5 @@
+"""Parameters and MACs against METHOD's formulas; speed side by side."""
+
 import csv
 import getpass
 import os

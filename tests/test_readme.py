@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +59,32 @@ def test_code_blocks_compile(block):
     compile(block, "README.md", "exec")
 
 
+@pytest.mark.slow
+def test_the_lines_of_python_run(deit_tiny, imagenet, tmp_path, monkeypatch):
+    """Word for word, but for a smaller model and fewer images from a local file."""
+    block = next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "fold(" in code)
+    for old, new in (
+        ("facebook/deit-base-patch16-224", str(deit_tiny)),
+        (
+            'load_dataset("ILSVRC/imagenet-1k", split="train", ',
+            f'load_dataset("parquet", data_files="{imagenet}/*.parquet", split="train", ',
+        ),
+        ("take(256).batch(32)", "take(6).batch(4)"),
+    ):
+        assert block.count(old) == 1, old
+        block = block.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "deit-b-nose40")
+    assert len(model.config.removed_attention_layers) == 5
+    assert AutoImageProcessor.from_pretrained(tmp_path / "deit-b-nose40", backend="pil").size["height"] == 224
+
+
 def test_every_file_has_a_line_in_the_tree():
     tree = part("files")
-    for folder in ("hf_nose", "scripts"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert re.search(rf"^  {re.escape(path.name)} +\S", tree, flags=re.MULTILINE), path.name
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    # Results and the README itself stand for themselves.
+    for name in tracked:
+        if not name.startswith("model_cards/") and name not in ("README.md", ".gitignore"):
+            shown = re.sub(r"^(hf_nose/recipes|hf_nose|scripts|tests)/(?=.*\.(py|yaml)$)", "  ", name)
+            assert re.search(rf"^{re.escape(shown)} +\S", tree, flags=re.MULTILINE), name

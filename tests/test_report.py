@@ -1,3 +1,5 @@
+"""Every number of a report stands in the records."""
+
 import math
 import os
 import re
@@ -6,7 +8,7 @@ import pytest
 from run_records import LAYERS, VERSIONS, records, write_run
 
 from hf_nose.figures import draw_figures
-from hf_nose.report import escape, headline, load_line, public_name, summary_table, write_report
+from hf_nose.report import escape, headline, load_lines, summary_table, write_report
 
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -239,23 +241,6 @@ def test_escape():
     assert escape("back\\slash") == "back\\\\slash"
 
 
-@pytest.mark.parametrize(
-    ("source", "public_id", "name"),
-    [
-        ("/home/someone/deit", None, "deit"),
-        ("../shared/data/deit-tiny-patch16-224", None, "deit-tiny-patch16-224"),
-        ("~/models/deit/", None, "deit"),
-        ("data/sets/images.parquet", None, "images.parquet"),
-        ("C:\\Users\\someone\\deit", None, "deit"),
-        ("facebook/deit-tiny-patch16-224", None, "facebook/deit-tiny-patch16-224"),
-        ("digits", None, "digits"),
-        ("/home/someone/deit", "facebook/deit-tiny-patch16-224", "facebook/deit-tiny-patch16-224"),
-    ],
-)
-def test_public_name_holds_no_path(source, public_id, name):
-    assert public_name(source, public_id) == name
-
-
 def test_summary_table_is_plain_and_aligned(tmp_path):
     table = summary_table(write_run(tmp_path, records()))
     lines = table.splitlines()
@@ -265,8 +250,8 @@ def test_summary_table_is_plain_and_aligned(tmp_path):
 
 
 def test_the_line_that_loads_the_result():
-    line = load_line(os.path.join("runs", "it's"))
-    assert line == 'AutoModelForImageClassification.from_pretrained("runs/it\'s")'
+    line = load_lines(os.path.join("runs", "it's"))[-1]
+    assert line == 'model = AutoModelForImageClassification.from_pretrained("runs/it\'s")'
 
 
 def test_layers_of_the_records_are_those_of_the_search():

@@ -12,8 +12,8 @@ import pytest
 from run_driver import Driver
 
 from hf_nose.checkpoints import PREFIX, STAGING
-from hf_nose.context import RECORDS
 from hf_nose.images import digits_processor
+from hf_nose.records import RECORDS
 
 
 pytestmark = pytest.mark.slow

@@ -1,13 +1,18 @@
+"""The main job: folders, resume, refusals, single stages."""
+
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import TINY, files, finished_run, flags, record, rerun, resume, run, tiny_model
 
-from hf_nose.context import RECORDS, RunContext
+from hf_nose.context import RunContext
 from hf_nose.files import RunLockedError, locked
-from hf_nose.run import FILES, FOLDERS, folder_settings, run_job, schedule_points
+from hf_nose.modeling_nose_vit import NoseViTForImageClassification
+from hf_nose.records import RECORDS
+from hf_nose.run import FILES, FOLDERS, folder_settings, run_job, schedule_points, steps_per_epoch
 from hf_nose.settings import STAGES, Settings, parse_settings
 
 
@@ -102,10 +107,12 @@ def test_dry_run_shows_what_would_happen_and_writes_nothing(tmp_path, capsys, mo
     words = capsys.readouterr().out
     for line in (
         "num_removed: 5",
+        "Stages: prepare, profile, select, dilute, fold, evaluate, report; folder: runs/digits",
         "Layers: to be searched, 5 of 12",
         "Parameters: 0.34 M -> 0.29 M (-13.9 %)",
         "MACs: 0.01 G -> 0.01 G",
-        "Schedule: linear, M at step 0: 1.000, 300: 0.666, 600: 0.333, 900: 0.000, 1199: 0.000; compensation on",
+        "Schedule: linear, M at step 0: 1.000, 250: 0.666, 500: 0.332, 750: 0.000, 999: 0.000, of 1000 steps; "
+        "compensation on",
         "One forward on cpu: (1, 3, 8, 8) -> (1, 10), finite: True",
         "nothing was written",
     ):
@@ -119,6 +126,16 @@ def test_dry_run_of_given_layers_and_an_existing_folder(finished, capsys):
     words = capsys.readouterr().out
     assert "Layers: [0, 3], 2 of 4" in words
     assert "one_shot, M at step 0: 0.000" in words and "compensation off" in words
+
+
+def test_dry_run_refuses_classes_that_do_not_fit(finished, tmp_path):
+    shutil.copytree(finished / "dense", tmp_path / "dense")
+    model = NoseViTForImageClassification.from_vit(str(tmp_path / "dense"), num_labels=7)
+    model.save_pretrained(tmp_path / "dense")
+    for switches in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match="The model has 7 classes, the data set 10"):
+            run(tmp_path / "run", *switches, dense_steps=0, model=tmp_path / "dense")
+    run(tmp_path / "run", "--dry_run", model=tmp_path / "dense")
 
 
 def test_dry_run_counts_what_the_run_then_has(finished, tmp_path, capsys):
@@ -151,8 +168,17 @@ def test_dry_run_refuses_what_the_run_would(tmp_path):
 
 
 def test_schedule_points_of_epochs():
-    settings = Settings(epochs=4.0, unit="epoch", decay=2.0)
-    assert schedule_points(settings).startswith("linear, M at step 0 %: 1.000, 25 %: 0.000")
+    # 30 images in batches of 4 on one process: 8 batches, 4 steps an epoch.
+    settings = Settings(epochs=4.0, unit="epoch", decay=2.0, batch_size=4, gradient_accumulation_steps=2)
+    run = SimpleNamespace(
+        settings=settings, data=SimpleNamespace(train=range(30)), state=SimpleNamespace(num_processes=1)
+    )
+    assert steps_per_epoch(run) == 4
+    assert schedule_points(run) == (
+        "linear, M at step 0: 1.000, 4: 0.000, 8: 0.000, 12: 0.000, 15: 0.000, of 16 steps"
+    )
+    run.state.num_processes = 2
+    assert steps_per_epoch(run) == 2
 
 
 # The folder
@@ -365,6 +391,12 @@ def test_after_another_selection_no_checkpoint_of_the_old_one_is_resumed(copy):
     resume(copy, "--stages=dilute,fold", "--control=false")
     assert record(copy, "dilution")["resumed_from"] is None
     assert record(copy, "fold")["removed_attention_layers"] == new
+
+
+def test_what_later_stages_made_of_an_old_result_goes_with_it(copy):
+    rerun(copy, "select", "--layers=0,1")
+    left = {path.name for path in copy.iterdir()}
+    assert left == {"dense", "training", "prepare.json", "profile.json", "selection.json", "settings.yaml", ".lock"}
 
 
 def test_a_stage_again_under_the_same_settings_gives_the_same(copy):

@@ -1,3 +1,5 @@
+"""Searches against a naive search, on one process and two."""
+
 import copy
 import json
 from itertools import combinations
@@ -10,8 +12,9 @@ from process_pair import run_on_two
 from reference_vit import NUM_BLOCKS, Calls, batches, nose, stock_vit
 
 from hf_nose.criteria import CRITERIA
+from hf_nose.entropy import layer_profile
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification
-from hf_nose.selection import Selection, random_sets, select_attention_layers
+from hf_nose.selection import Selection, num_passes, random_sets, select_attention_layers
 
 
 EVERY = [
@@ -283,3 +286,43 @@ def test_random_draws_are_all_different_and_no_more_than_there_are():
     assert sorted(random_sets([0, 1, 2], 2, 3, seed=5)) == [(0, 1), (0, 2), (1, 2)]
     with pytest.raises(ValueError, match=r"num_draws must be in \[1, 3\], got 4"):
         random_sets([0, 1, 2], 2, 4, seed=5)
+
+
+class CountedBatches(list):
+    """Counts how often its first batch is taken: once a pass."""
+
+    passes = 0
+
+    def __getitem__(self, index):
+        self.passes += index == 0
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, NUM_BLOCKS - 1])
+@pytest.mark.parametrize("search", ["greedy", "beam", "exhaustive", "first", "random"])
+def test_number_of_passes(search, num_layers):
+    counted = CountedBatches(batches())
+    select_attention_layers(nose(), counted, num_layers, search=search, beam_width=2, num_draws=3)
+    assert counted.passes == num_passes(search, NUM_BLOCKS, num_layers, beam_width=2, num_draws=3)
+
+
+def nan_on_rank_one(rank: int, world_size: int) -> list[str]:
+    bad = batches((4, 4, 3))
+    bad[1]["pixel_values"][0, 0, 0, 0] = float("nan")
+    messages = []
+    for work in (
+        lambda: select_attention_layers(nose(), bad, 2, rank=rank, world_size=world_size),
+        lambda: select_attention_layers(nose(), bad, 2, criterion="loss", rank=rank, world_size=world_size),
+        lambda: layer_profile(nose(), bad, rank=rank, world_size=world_size),
+    ):
+        with pytest.raises(FloatingPointError) as caught:
+            work()
+        messages.append(str(caught.value))
+    return messages
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_stops_both(tmp_path):
+    first, second = run_on_two(nan_on_rank_one, tmp_path)
+    assert first == second
+    assert all(message.startswith("Calibration batch 1: ") and "NaN" in message for message in first)

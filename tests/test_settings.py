@@ -1,3 +1,5 @@
+"""Defaults, recipes and flags; what each stage depends on."""
+
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -41,13 +43,13 @@ def test_without_arguments_it_is_the_digits_recipe():
 
 
 def test_the_digits_recipe_trains_no_other_model_or_data():
-    """Its 1,000 dense steps would spoil a pretrained model that is only to be searched."""
+    """Its dense steps would spoil a pretrained model that is only to be searched."""
     for flags in (["--model", "someone/vit-tiny"], ["--dataset=someone/photos"]):
         settings = parse_settings([*flags, "--num_removed", "2"])
         assert settings.recipe is None
         assert (settings.dense_steps, settings.steps, settings.control) == (0, 0, False)
     assert parse_settings(["--model", "someone/vit-tiny"]).folder.as_posix() == "runs/vit-tiny"
-    assert parse_settings(["--model", "someone/vit-tiny", "--recipe", "digits"]).dense_steps == 1000
+    assert parse_settings(["--model", "someone/vit-tiny", "--recipe", "digits"]).dense_steps > 0
     assert parse_settings(["--model", Settings.model, "--dataset", "digits"]) == parse_settings([])
 
 
@@ -397,3 +399,15 @@ def test_packaged_recipes_are_valid():
     for path in paths:
         parse_settings(["--recipe", path.stem])
         assert not set(read_recipe(path)) & set(OF_ONE_CALL), path.name
+
+
+def test_a_recipe_may_hold_lists(tmp_path):
+    (tmp_path / "mine.yaml").write_text("layers: [0, 1, 3]\nstages: [prepare, profile]\nsteps: 4\n")
+    settings = parse_settings(["--recipe", str(tmp_path / "mine.yaml")])
+    assert settings.layers == "0,1,3" and settings.stage_list == ["prepare", "profile"]
+
+
+def test_a_value_that_begins_with_a_dash_is_refused_by_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("num_removed: -1\n")
+    with pytest.raises(ValueError, match="num_removed must be at least 1, got -1"):
+        parse_settings(["--recipe", str(tmp_path / "mine.yaml")])

@@ -1,3 +1,5 @@
+"""Which split and column serve what."""
+
 import io
 from pathlib import Path
 

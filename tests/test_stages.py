@@ -1,3 +1,5 @@
+"""What each stage leaves behind."""
+
 import json
 import math
 import shutil
@@ -9,9 +11,10 @@ from tiny_run import NUM_BLOCKS, TINY, finished_run, record, rerun, resume, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nose import NoseViTForImageClassification
-from hf_nose.context import RECORDS, RunContext
+from hf_nose.context import RunContext
 from hf_nose.files import SCHEMA
 from hf_nose.plan import dense_model, num_layers, parse_layers, planned_layers
+from hf_nose.records import RECORDS
 from hf_nose.settings import STAGES, Settings, parse_settings
 from hf_nose.stages import STAGE_FUNCTIONS
 
@@ -299,7 +302,7 @@ def test_weights_that_are_not_finite_name_the_batch(copy, stage):
     state = load_file(path)
     state["vit.layers.1.mlp.fc1.bias"][0] = math.nan
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(FloatingPointError, match="batch 0 of rank 0: .*NaN"):
+    with pytest.raises(FloatingPointError, match="batch 0: .*NaN"):
         rerun(copy, stage)
 
 

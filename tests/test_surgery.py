@@ -1,3 +1,5 @@
+"""The fold is exact, and refuses what it cannot do."""
+
 import copy
 
 import pytest
