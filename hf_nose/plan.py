@@ -106,11 +106,6 @@ def check_teacher(settings: Settings, config: NoseViTConfig, processor: PilBacke
             )
 
 
-def load_teacher(settings: Settings) -> NoseViTForImageClassification:
-    """The settings' own teacher."""
-    return load_classifier(str(settings.teacher))
-
-
 def distillation_options(settings: Settings) -> dict[str, Any]:
     """The options of the [`Distiller`] that the settings ask for."""
     blocks = settings.distillation_blocks

@@ -16,12 +16,13 @@ from .images import ImageBatches
 from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
-from .plan import check_teacher, dense_model, distillation_options, load_teacher, planned_layers
+from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware, trainable_line
 from .records import EMBEDDED, public_id
 from .report import write_report
 from .selection import Selection, num_passes, random_sets, select_attention_layers
 from .surgery import fold
+from .weights import load_classifier
 
 
 def prepare(run: RunContext) -> dict[str, Any]:
@@ -174,9 +175,12 @@ def teach(run: RunContext, student: NoseViTForImageClassification) -> tuple[Dist
     """The distiller of the settings, and its record."""
     settings = run.settings
     check_teacher(settings, student.config, run.processor)
-    teacher = run.load("dense") if settings.has_own_teacher else load_teacher(settings)
+    if settings.has_own_teacher:
+        name, teacher = "dense", run.load("dense")
+    else:
+        source = str(settings.teacher)
+        name, teacher = shown(source, public_id(source), "a local folder"), load_classifier(source)
     distiller = Distiller(teacher, **distillation_options(settings))
-    name = "dense" if settings.has_own_teacher else public_id(str(settings.teacher)) or "a local folder"
     return distiller, {"teacher": name, **distiller.to_record(), "control": settings.distillation_control}
 
 
