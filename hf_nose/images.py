@@ -105,7 +105,7 @@ def prepare_images(
     if crop is None:
         return processor(list(images))["pixel_values"]
     cut = [crop(image, draw) for image, draw in zip(images, draws, strict=True)]
-    return processor(cut, do_resize=False, do_center_crop=False)["pixel_values"]
+    return processor(cut, do_resize=False)["pixel_values"]
 
 
 def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], describe: Callable[[], str]) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import DeiTImageProcessorPil, ViTImageProcessorPil
 
 from hf_nose.crops import RandomResizedCrop, input_size
+from hf_nose.images import prepare_images
 from hf_nose.sampling import Draw
 
 
@@ -82,6 +83,16 @@ def test_the_whole_image_comes_out_as_the_processor_would_resize_it():
     assert cut.size == (24, 24)
     expected = processor(image)["pixel_values"][0]
     assert np.array_equal(processor(cut, do_resize=False)["pixel_values"][0], expected)
+
+
+def test_a_crop_is_neither_resized_nor_cut_again():
+    processor = DeiTImageProcessorPil(size={"height": 24, "width": 24}, crop_size={"height": 16, "width": 16})
+    found = RandomResizedCrop.for_processor(processor, 0, 0.2, 4 / 3)
+    (prepared,) = prepare_images([Image.fromarray(PIXELS)], processor, found, [Draw(0, 0)])
+    cut = np.asarray(found(Image.fromarray(PIXELS), Draw(0, 0))).transpose(2, 0, 1) / 255
+    mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    assert prepared.shape == (3, 16, 16)
+    np.testing.assert_allclose(prepared, (cut - mean) / std, atol=1e-5)
 
 
 @pytest.mark.parametrize("resample", [0, 2, 3])

@@ -7,12 +7,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from made_data import write_shards
 from PIL import Image
 
 from hf_nose.calibration import calibration_batches
 from hf_nose.data import ImageData, load_image_data
 from hf_nose.images import ROW_COLUMN, ImageDataset, digits_processor, load_processor
 
+
+pytestmark = pytest.mark.usefixtures("quick_streams")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLASSES = ["cat", "dog", "owl"]
@@ -214,6 +217,83 @@ def test_stream_goes_through_a_seeded_shuffle_buffer(two_splits):
     assert calibration_numbers(draw(1)) != numbers
     assert draw(0).sha256 != draw(1).sha256
     assert draw(0, 100).num_images == 40
+
+
+# --- layouts known by their id ---------------------------------------------------------------------------------------
+
+
+def test_the_columns_of_a_copy_are_those_of_its_hub_id_unless_named(tmp_path):
+    columns = {"fine_label": ([0, 1, 2, 3], 4), "coarse_label": ([0, 0, 1, 1], 2)}
+    folder = str(write_shards(tmp_path, "train", [png(number) for number in range(4)], columns, 2, "img"))
+    data = load_image_data(folder, dataset_id="uoft-cs/cifar100")
+    assert (data.image_column, data.label_column, len(data.class_names)) == ("img", "fine_label", 4)
+    data = load_image_data(folder, dataset_id="uoft-cs/cifar100", label_column="coarse_label")
+    assert (data.label_column, len(data.class_names)) == ("coarse_label", 2)
+    with pytest.raises(ValueError, match="`label_column`: there is no column 'label'. Columns found: .*'fine_label'"):
+        load_image_data(folder, dataset_id="uoft-cs/cifar10")
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_images_stream_and_evaluation_images_are_loaded(two_splits):
+    data = load_image_data(two_splits, streaming=True)
+    assert isinstance(data.train, datasets.IterableDataset) and data.num_train == 40
+    assert numbers_in(data.train) == list(range(40)) and data.train.features["image"].decode is False
+    assert numbers_in(data.evaluation) == list(range(40, 60))
+    assert data.class_names == CLASSES
+    loaded = load_image_data(two_splits)
+    assert loaded.num_train == 40 and load_image_data(two_splits, evaluation_only=True).num_train == 0
+
+
+def test_a_stream_is_checked_like_a_split(tmp_path):
+    (tmp_path / "data").mkdir()
+    make_split(range(4), names=CLASSES[::-1]).to_parquet(tmp_path / "data" / "train.parquet")
+    make_split(range(4)).to_parquet(tmp_path / "data" / "test.parquet")
+    with pytest.raises(ValueError, match="number the classes of column 'label' differently"):
+        load_image_data(str(tmp_path / "data"), streaming=True)
+    splits = {"train": make_split(range(4)).rename_column("label", "kind"), "test": make_split(range(4))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="Split 'train' has no column 'label'"):
+        load_image_data(str(tmp_path / "saved"), streaming=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"streaming": True, "max_train_samples": 5}, "`max_train_samples` takes images from all over a split"),
+        ({"train_images": 5}, "`train_images` tells the length of a stream"),
+        ({"streaming": True, "train_images": 39}, "`train_images`: split 'train' of .* has 40 images, got 39"),
+        ({"streaming": True, "train_images": 0}, "`train_images` must be 1 or more, got 0"),
+        ({"streaming": True, "eval_split": "train"}, "Split 'train' would train and evaluate, but a stream cannot be"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(two_splits, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_data(two_splits, **options)
+    assert load_image_data(two_splits, streaming=True, train_images=40).num_train == 40
+
+
+def test_where_nothing_tells_the_length_of_a_stream_it_must_be_given(tmp_path):
+    for split in ("train", "test"):
+        for shade, name in enumerate(CLASSES):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (8, 8), (shade, number, 0)).save(tmp_path / split / name / f"{number}.png")
+    with pytest.raises(ValueError, match="`train_images`: nothing tells how many images split 'train' of .* has"):
+        load_image_data(str(tmp_path), streaming=True)
+    data = load_image_data(str(tmp_path), streaming=True, train_images=6)
+    assert data.num_train == 6 and len(list(data.train)) == 6
+
+
+def test_an_image_of_a_streamed_calibration_set_is_named_by_its_row(tmp_path):
+    split = make_split(range(20)).cast_column("image", datasets.Image(decode=False)).to_dict()
+    split["image"][13] = {"bytes": b"broken", "path": None}
+    datasets.Dataset.from_dict(split, features=make_split([0]).features).to_parquet(tmp_path / "train.parquet")
+    make_split(range(4)).to_parquet(tmp_path / "test.parquet")
+    data = load_image_data(str(tmp_path), streaming=True)
+    with pytest.raises(ValueError, match="Row 13 of split 'train': the image in column 'image' cannot be read"):
+        calibration_batches(data, digits_processor(), 20, 4, 0, num_labels=3)
 
 
 def test_digits_are_ready_for_training():

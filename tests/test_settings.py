@@ -164,6 +164,19 @@ def test_steps_and_epochs(tmp_path):
         parse_settings(["--epochs", "2", "--steps", "8"])
 
 
+def test_images_are_repeated_only_where_they_can_be_asked_for_again():
+    with pytest.raises(ValueError, match="repeated_augmentation asks for images again, which a stream cannot"):
+        Settings(streaming=True, repeated_augmentation=3)
+    Settings(streaming=True, repeated_augmentation=1)
+    Settings(repeated_augmentation=3)
+
+
+def test_only_loader_processes_make_batches_ahead():
+    with pytest.raises(ValueError, match="prefetch_factor is of loader processes: set num_workers"):
+        Settings(prefetch_factor=4)
+    Settings(prefetch_factor=4, num_workers=1)
+
+
 def test_resume_and_overwrite_exclude_each_other():
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         parse_settings(["--resume", "--overwrite"])
@@ -195,6 +208,14 @@ def test_ratio_bounds(ratio):
         ("batch_size", 0, "at least 1, got 0"),
         ("throughput_rounds", 1, "at least 2, for quartiles, got 1"),
         ("save_steps", 0, "at least 1, got 0"),
+        ("shuffle_buffer_size", 0, "at least 1, got 0"),
+        ("train_images", 0, "at least 1, got 0"),
+        ("repeated_augmentation", 0, "at least 1, got 0"),
+        ("prefetch_factor", 0, "at least 1, got 0"),
+        ("crop_scale", 0.0, r"in \(0, 1\], got 0.0"),
+        ("crop_scale", 1.5, r"in \(0, 1\], got 1.5"),
+        ("crop_ratio", 0.5, "at least 1, got 0.5"),
+        ("crop_ratio", float("inf"), "at least 1, got inf"),
         ("steps", -1, "0 or more, got -1"),
         ("seed", -1, "0 or more, got -1"),
         ("random_controls", -1, "0 or more, got -1"),

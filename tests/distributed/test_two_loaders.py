@@ -63,6 +63,11 @@ def test_neither_workers_nor_epochs_before_change_what_comes(two, name):
     assert steps_of(two, name, 0, 0) != steps_of(two, name, 0, 1)
 
 
+def test_images_must_fill_a_batch_of_both_processes(two):
+    for found in two:
+        assert "have 23 images, fewer than the 24 of one batch, all processes together" in found["refusal"]
+
+
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_resumed_in_their_second_epoch_see_the_same_and_end_alike(two, kind, workers):

@@ -55,10 +55,19 @@ def resume_all(folder: Path) -> dict:
     return found
 
 
+def refusal(folder: Path) -> str:
+    """What is said of 23 images for two batches of 12."""
+    try:
+        train(folder / "small", images(folder / "23"), 1, batch_size=12)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     PartialState(cpu=True)
-    answer = {"counted": count_all(folder), "resumed": resume_all(folder)}
+    answer = {"counted": count_all(folder), "resumed": resume_all(folder), "refusal": refusal(folder)}
     torch.save(answer, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
