@@ -21,7 +21,7 @@ class Mixing:
 
     Own code, for kornia's `RandomMixUpV2` draws lambda uniformly and not from Beta(mixup, mixup), its
     `RandomCutMixV2` never lets a box reach over the border, both draw from torch's global generator, and cutting
-    takes some twenty times as long.
+    takes some thirty times as long (32 images of 224 px on a CPU).
 
     As with [`BatchAugmentation`], draws depend on (seed, step, micro_step, rank) only.
 

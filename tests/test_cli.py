@@ -173,7 +173,7 @@ def test_run_of_a_stage_and_of_the_stages_after_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["run", "--recipe", "nothing"], "recipe must be one of digits"),
+        (["run", "--recipe", "nothing"], "recipe must be one of"),
         (["run", "--wrong", "1"], "Unknown settings: --wrong 1"),
         (["run", "--resume", "--overwrite"], "exclude each other"),
         (["select"], "Give the folder of a run: hf-nose select DIR"),

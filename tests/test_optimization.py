@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from hf_nose.arguments import images_per_step, training_arguments, training_words
 from hf_nose.dilution import DilutionCallback
 from hf_nose.optimization import check_data_size, check_precision, peak_learning_rate
-from hf_nose.settings import Settings
+from hf_nose.settings import Settings, parse_settings
 from hf_nose.training import NoseTrainer
 
 
@@ -75,6 +75,13 @@ def test_a_floor_above_the_peak_is_refused(tmp_path):
 def test_one_learning_rate_is_given():
     with pytest.raises(ValueError, match="Give one of learning_rate and base_learning_rate"):
         Settings(learning_rate=0.5, base_learning_rate=5e-4)
+
+
+def test_a_learning_rate_typed_takes_the_place_of_the_recipes_base():
+    settings = parse_settings(["--recipe", "deit-t-nose25", "--learning_rate", "1e-4"])
+    assert (settings.learning_rate, settings.base_learning_rate) == (1e-4, None)
+    settings = parse_settings(["--recipe", "cifar", "--base_learning_rate", "1e-3"])
+    assert (settings.learning_rate, settings.base_learning_rate) == (Settings.learning_rate, 1e-3)
 
 
 # Schedule

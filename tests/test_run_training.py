@@ -10,6 +10,7 @@ from tiny_training import differing
 
 from hf_nose.augmentation import BatchAugmentation
 from hf_nose.cli import BAD_INPUT, FAILED, main
+from hf_nose.mixing import Mixing
 
 
 pytestmark = pytest.mark.slow
@@ -32,11 +33,39 @@ EVERYTHING = {
 }
 
 
+USED = []
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(folder, stages="prepare,profile,select,dilute,fold", **EVERYTHING)
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (BatchAugmentation, Mixing):
+            patch.setattr(kind, "__call__", noted(kind.__call__))
+        run(folder, stages="prepare,profile,select,dilute,fold", **EVERYTHING)
     return folder
+
+
+def noted(draw):
+    def call(self, *tensors, step, **place):
+        USED.append((vars(self), step))
+        return draw(self, *tensors, step=step, **place)
+
+    return call
+
+
+def test_both_trainings_are_augmented_and_mixed_by_the_settings(whole):
+    # Four steps of dense training, eight of dilution and eight of its control.
+    steps = [*range(4), *range(8), *range(8)]
+    augmentations, mixings = ([each for each in USED if ("mixup" in each[0]) == is_mixing] for is_mixing in (0, 1))
+    assert [step for _, step in augmentations] == [step for _, step in mixings] == steps
+    for found, _ in augmentations:
+        names = ("shift", "flip", "rand_augment", "random_erasing", "color_jitter")
+        assert {name: found[name] for name in names} == {name: EVERYTHING[name] for name in names}
+        # The processor of the digits takes them to [-1, 1].
+        assert found["mean"].tolist() == found["std"].tolist() == [0.5] * 3 and found["seed"] == 0
+    for found, _ in mixings:
+        assert found == {"num_labels": 10, "mixup": 0.8, "cutmix": 1.0, "seed": 0}
 
 
 def test_the_job_trains_by_its_settings(whole):
@@ -89,8 +118,8 @@ def test_a_missing_extra_is_one_line_before_anything_is_trained(tmp_path, capsys
     assert "hf-nose: rand_augment and color_jitter need kornia" in said and "Traceback" not in said
 
 
-def test_a_data_set_smaller_than_a_step_is_refused_before_anything_is_searched(tmp_path, capsys):
-    sizes = {"batch_size": 16, "gradient_accumulation_steps": 4}
+def test_a_data_set_smaller_than_a_step_is_refused_before_anything_is_searched(whole, tmp_path, capsys):
+    sizes = {"batch_size": 16, "gradient_accumulation_steps": 4, "model": whole / "dense", "dense_steps": 0}
     assert main(["run", *flags(tmp_path / "run", **sizes)]) == BAD_INPUT
     assert "The training data have 48 images, fewer than the 64 of one step" in capsys.readouterr().err
     assert not (tmp_path / "run" / "prepare.json").exists()

@@ -164,6 +164,19 @@ def test_the_loss_is_the_soft_cross_entropy_of_the_mixed_images(tmp_path):
     assert run.state.log_history[0]["loss"] == pytest.approx(float(-(smoothed * logs).sum(1).mean()), rel=1e-6)
 
 
+def test_mixing_is_given_its_place_in_training_and_the_augmented_images(tmp_path):
+    places = []
+
+    def mixing(pixel_values, labels, **place):
+        places.append(place)
+        assert pixel_values.eq(place["step"]).all()
+        return one_hot(pixel_values, labels)
+
+    options = {"mixing": mixing, "augmentation": lambda pixel_values, step, **place: 0 * pixel_values + step}
+    train(tmp_path, model(), steps=3, gradient_accumulation_steps=2, **options)
+    assert places == [{"step": step, "micro_step": micro, "rank": 0} for step in range(3) for micro in range(2)]
+
+
 def one_hot(pixel_values, labels, **place):
     """A mixing that mixes nothing."""
     return pixel_values, torch.nn.functional.one_hot(labels, 3).float()

@@ -87,7 +87,7 @@ def test_loss_and_weights_do_not_depend_on_the_number_of_processes(two, one, nam
 def test_the_loss_of_zero_logits_is_the_log_of_the_classes(two, one, labels, accumulation):
     for ranks, world_size in ((two, 2), ([one], 1)):
         for found in (rank[f"zero logits {labels} {accumulation}"] for rank in ranks):
-            assert found["world_size"] == world_size
+            assert (found["world_size"], found["images_per_step"]) == (world_size, 8)
             assert found["losses"] == pytest.approx([math.log(CLASSES)] * STEPS, rel=1e-6)
 
 

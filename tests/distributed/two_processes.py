@@ -11,6 +11,7 @@ import torch  # noqa: E402
 from tiny_training import Images, arguments, halves, model, weights, zero_logits  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from hf_nose.arguments import images_per_step  # noqa: E402
 from hf_nose.dilution import DilutionCallback  # noqa: E402
 from hf_nose.mixing import Mixing  # noqa: E402
 from hf_nose.modeling_nose_vit import nose_vit  # noqa: E402
@@ -47,6 +48,7 @@ def train(folder, found, dtype=torch.float32, mixing=None, **settings):
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     return {
         "world_size": trainer.args.world_size,
+        "images_per_step": images_per_step(trainer.args),
         "checkpointing": nose_vit(found).is_activation_checkpointing,
         "masks": masks.values,
         "losses": losses,
