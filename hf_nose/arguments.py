@@ -43,7 +43,7 @@ def training_arguments(
         remove_unused_columns=False,
         average_tokens_across_devices=False,
         use_cpu=on_cpu,
-        report_to="none",
+        report_to=settings.trackers or "none",
         disable_tqdm=False,
     )
     rates = settings.learning_rate, settings.base_learning_rate

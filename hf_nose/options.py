@@ -18,6 +18,7 @@ from .schedules import SCHEDULES, UNITS
 from .selection import SEARCHES
 
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
 CROPS = ("none", "random_resized")
 # The matrices of a block.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
@@ -151,6 +152,7 @@ class TrainingOptions(JobOptions):
     save_steps: int = option(500, "Steps between checkpoints.")
     eval_steps: int = option(200, "Steps between evaluations while training.")
     logging_steps: int = option(20, "Steps between log lines.")
+    report_to: str = option("none", "Where log lines go, comma-separated: tensorboard, trackio, wandb, or none.")
 
     eval_batch_size: int = option(64, "Images a forward in evaluation.")
 
@@ -182,6 +184,8 @@ class TrainingOptions(JobOptions):
                     raise ValueError(f"{name} must be {'at least 1' if least else '0 or more'}, got {value}.")
         if self.epochs is not None and (self.epochs <= 0 or self.steps):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
+        if not set(self.trackers) <= set(TRACKERS):
+            raise ValueError(f"report_to must be none or among {','.join(TRACKERS)}, got {self.report_to!r}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
         check_training(vars(self))
@@ -190,6 +194,11 @@ class TrainingOptions(JobOptions):
         if not set(self.lora_target_list) <= set(LORA_TARGETS):
             # Refused here, not after the dense training.
             raise ValueError(f"lora_targets must be among {','.join(LORA_TARGETS)}, got {self.lora_targets!r}.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """Where log lines go beside the run's folder."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip() != "none"]
 
     @property
     def lora_target_list(self) -> list[str]:
@@ -230,5 +239,6 @@ POSITIVE = (
 NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = ("device", "num_workers", "prefetch_factor", "save_steps", "logging_steps")
+NO_RESULT = ("device", "num_workers", "prefetch_factor", "save_steps", "logging_steps", "report_to")
+Options = TypeVar("Options", bound=TrainingOptions)
 Options = TypeVar("Options", bound=TrainingOptions)

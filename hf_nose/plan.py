@@ -35,7 +35,8 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
             values["label2id"] = {name: index for index, name in enumerate(class_names or [])}
         config = NoseViTConfig.from_vit(ViTConfig(**values), **depth)
         processor = digits_processor() if is_embedded else load_processor(Path(settings.model).parent)
-        if not settings.dense_steps:
+        # A dry run shows what a recipe costs on a model of its shape.
+        if not settings.dense_steps and not settings.dry_run:
             raise ValueError("A model from a configuration has random weights: set dense_steps to train it first.")
         return NoseViTForImageClassification(config), processor
     model = load_classifier(settings.model, **depth)

@@ -159,7 +159,7 @@ def test_random_weights_are_not_compressed(tmp_path, capsys):
     ],
 )
 def test_layers_are_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch, values, message):
-    monkeypatch.setattr("hf_nose.stages.fit", lambda *args, **kwargs: pytest.fail("trained first"))
+    monkeypatch.setattr("hf_nose.context.fit", lambda *args, **kwargs: pytest.fail("trained first"))
     code, said = fails(tmp_path / "run", capsys, **values)
     assert code == BAD_INPUT and message in said
 

@@ -1,3 +1,5 @@
+"""Random crops: their distribution, and that a resume draws them again."""
+
 import math
 
 import numpy as np

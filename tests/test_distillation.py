@@ -278,7 +278,16 @@ def teach(folder, student, distiller, steps=8, resume=False, callbacks=(), augme
     callbacks = [*([DilutionCallback()] if diluted else []), *callbacks]
     images, evaluation = (Images(count, student.dtype) for count in (22, 6))
     args = arguments(folder, steps, **settings)
-    return fit(student, images, evaluation, args, augmentation, callbacks, resume, distiller=distiller)
+    return fit(
+        student,
+        images,
+        evaluation,
+        args,
+        augmentation=augmentation,
+        callbacks=callbacks,
+        resume=resume,
+        distiller=distiller,
+    )
 
 
 def test_the_teacher_is_left_as_it_is_and_is_in_no_checkpoint(tmp_path):

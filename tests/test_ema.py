@@ -43,7 +43,16 @@ def train(folder, found, steps=8, decay=DECAY, resume=False, callbacks=(), **set
     options = {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, **settings}
     args = arguments(folder, steps, **options)
     augmentation = BatchAugmentation(seed=3, shift=1, flip=True)
-    return fit(found, images, evaluation, args, augmentation, callbacks, resume, ema_decay=decay)
+    return fit(
+        found,
+        images,
+        evaluation,
+        args,
+        augmentation=augmentation,
+        callbacks=callbacks,
+        resume=resume,
+        ema_decay=decay,
+    )
 
 
 def parameters(found):

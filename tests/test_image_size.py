@@ -1,3 +1,5 @@
+"""Another image size: positions interpolated, the processor in step."""
+
 import pytest
 import tiny_training as tiny
 import torch

@@ -1,3 +1,5 @@
+"""The Trainer's loaders: what a resumed training draws, epochs, refusals."""
+
 import pytest
 import torch
 from made_data import encoded, numbers, write_numbered, write_shards

@@ -1,3 +1,5 @@
+"""LoRA on what is left of a model, with M in its adapter checkpoints."""
+
 import json
 import math
 import shutil

@@ -11,9 +11,10 @@ from tiny_training import Images, arguments, model, weights
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_nose.arguments import images_per_step, training_arguments, training_words
+from hf_nose.command_line import parse_settings
 from hf_nose.dilution import DilutionCallback
 from hf_nose.optimization import check_data_size, check_precision, peak_learning_rate
-from hf_nose.settings import Settings, parse_settings
+from hf_nose.settings import Settings
 from hf_nose.training import NoseTrainer
 
 

@@ -7,10 +7,13 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import ViTConfig, ViTImageProcessorPil
 
-from hf_nose.command_line import parse_settings, read_recipe, recipe_path
+from hf_nose import NoseViTConfig, NoseViTForImageClassification
+from hf_nose.command_line import parse_job, parse_settings, read_recipe, recipe_path
 from hf_nose.run import run_job
+from hf_nose.transfer import transfer_job
+from hf_nose.transfer_settings import TransferSettings
 
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -79,7 +82,7 @@ def dry_run(recipe, model, dataset, *more):
 
 def test_every_recipe_is_looked_at_here():
     folder = recipe_path("digits").parent
-    assert {path.stem for path in folder.glob("*.yaml")} >= {"digits", "cifar", *IMAGENET}
+    assert {path.stem for path in folder.glob("*.yaml")} >= {"digits", "cifar", "cifar-probe", *IMAGENET}
 
 
 @pytest.mark.slow
@@ -93,7 +96,8 @@ def test_imagenet_recipes_do_a_dry_run(imagenet_layout, tmp_path, monkeypatch, c
         f"Layers: {layers}",
         f"Parameters: {dense} M -> {compressed} M",
         f"drop_path_schedule: {depth}",
-        "M at step 0 %: 1.000, 25 %: 0.666, 50 %: 0.331, 75 %: 0.000, 99 %: 0.000; compensation on",
+        # Eight images are one step an epoch.
+        "M at step 0: 1.000, 100: 0.666, 200: 0.331, 300: 0.000, 399: 0.000, of 400 steps; compensation on",
         "adamw, learning rate 0.000125 = 0.0005 x 128 images a step / 512; warm-up 5 (epochs), "
         "then a cosine to 1e-05; no clipping",
         "(1, 3, 224, 224) -> (1, 1000), finite: True",
@@ -128,6 +132,9 @@ def test_imagenet_recipes_hold_the_published_numbers():
         "cutmix": 1.0,
         "rand_augment": 9.0,
         "random_erasing": 0.25,
+        "crop": "random_resized",
+        "repeated_augmentation": 3,
+        "ema_decay": 0.99996,
         "drop_path_rate": 0.1,
         "max_grad_norm": 0.0,
     }
@@ -136,18 +143,32 @@ def test_imagenet_recipes_hold_the_published_numbers():
     assert settings.base_learning_rate * 8 * settings.batch_size / 512 == pytest.approx(1e-3)
 
 
-def test_cifar_recipe_fine_tunes_by_sgd(cifar100_layout, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A random model of DeiT-T's shape, compressed, as a folder."""
+    folder = tmp_path_factory.mktemp("compressed") / "model"
+    config = json.loads(vit(folder, "t").read_text())
+    options = {"removed_attention_layers": [0, 2, 4], "folded_attention_layers": [0, 2, 4]}
+    NoseViTForImageClassification(NoseViTConfig.from_vit(ViTConfig(**config), **options)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "trained"), [("cifar", "5,3"), ("cifar-probe", "19,300 of 5,3")])
+def test_cifar_recipes_transfer_by_sgd(compressed, cifar100_layout, tmp_path, monkeypatch, capsys, recipe, trained):
     monkeypatch.chdir(tmp_path)
-    settings = parse_settings(["--recipe", "cifar"])
+    words = ["--recipe", recipe, f"--model={compressed}", f"--dataset={cifar100_layout}"]
+    settings = parse_job(TransferSettings, words)
     assert (settings.optimizer, settings.learning_rate, settings.batch_size) == ("sgd", 0.1, 384)
-    assert settings.base_learning_rate is None
-    dry_run("cifar", vit(tmp_path / "model", "t"), cifar100_layout, "--num_removed=5")
+    assert settings.base_learning_rate is None and settings.linear_probe == (recipe == "cifar-probe")
+    transfer_job(parse_job(TransferSettings, [*words, "--dry_run"]))
     words = capsys.readouterr().out
-    assert "sgd, learning rate 0.1 as given, not scaled by the 384 images a step" in words
+    assert f"Trainable parameters: {trained}" in words
     assert "(1, 3, 224, 224) -> (1, 100), finite: True" in words
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", [*IMAGENET, "cifar", "digits"])
+@pytest.mark.parametrize("recipe", [*IMAGENET, "cifar", "cifar-probe", "digits"])
 def test_the_first_line_of_a_recipe_says_what_it_is(recipe):
     first = recipe_path(recipe).read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(".") or recipe == "digits"

@@ -172,7 +172,7 @@ def test_schedule_points_of_epochs():
     # 30 images in batches of 4 on one process: 8 batches, 4 steps an epoch.
     settings = Settings(epochs=4.0, unit="epoch", decay=2.0, batch_size=4, gradient_accumulation_steps=2)
     run = SimpleNamespace(
-        settings=settings, data=SimpleNamespace(train=range(30)), state=SimpleNamespace(num_processes=1)
+        settings=settings, data=SimpleNamespace(num_train=30), state=SimpleNamespace(num_processes=1)
     )
     assert steps_per_epoch(run) == 4
     assert schedule_points(run) == (

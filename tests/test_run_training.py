@@ -112,7 +112,7 @@ def test_a_missing_extra_is_one_line_before_anything_is_trained(tmp_path, capsys
         raise ImportError("rand_augment and color_jitter need kornia")
 
     monkeypatch.setattr("hf_nose.augmentation.check_kornia", missing)
-    monkeypatch.setattr("hf_nose.stages.fit", lambda *args, **kwargs: pytest.fail("trained first"))
+    monkeypatch.setattr("hf_nose.context.fit", lambda *args, **kwargs: pytest.fail("trained first"))
     assert main(["run", *flags(tmp_path / "run", *switches, dense_steps=8, rand_augment=9)]) == FAILED
     said = capsys.readouterr().err
     assert "hf-nose: rand_augment and color_jitter need kornia" in said and "Traceback" not in said

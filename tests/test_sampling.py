@@ -1,3 +1,5 @@
+"""The order of images by seed and epoch, and repeated ones."""
+
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler

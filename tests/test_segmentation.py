@@ -1,3 +1,5 @@
+"""Image and annotation stay together."""
+
 import datasets
 import numpy as np
 import pytest

@@ -422,3 +422,10 @@ def test_a_value_that_begins_with_a_dash_is_refused_by_name(tmp_path):
     (tmp_path / "mine.yaml").write_text("num_removed: -1\n")
     with pytest.raises(ValueError, match="num_removed must be at least 1, got -1"):
         parse_settings(["--recipe", str(tmp_path / "mine.yaml")])
+
+
+def test_trackers():
+    assert parse_settings([]).trackers == []
+    assert parse_settings(["--report_to", "tensorboard, wandb"]).trackers == ["tensorboard", "wandb"]
+    with pytest.raises(ValueError, match="report_to must be none or among tensorboard,trackio,wandb, got 'paper'"):
+        parse_settings(["--report_to", "paper"])

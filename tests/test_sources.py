@@ -1,3 +1,5 @@
+"""Where a data set comes from, and that only the wanted split is loaded."""
+
 import io
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Data sets known by id, on shards laid out as theirs."""
+
 import pytest
 
 from hf_nose.specs import SPECS, DatasetSpec, find_spec

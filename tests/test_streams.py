@@ -1,3 +1,5 @@
+"""Streams with a length: order, workers, rows that cannot be used."""
+
 import datasets
 import numpy as np
 import pytest

@@ -24,7 +24,16 @@ def train(folder, found, steps=8, images=None, augmentation=None, callbacks=(), 
     images = Images() if images is None else images
     evaluation = Images(6, images.pixel_values.dtype)
     args = arguments(folder, steps, **settings)
-    return fit(found, images, evaluation, args, augmentation, callbacks, resume, mixing)
+    return fit(
+        found,
+        images,
+        evaluation,
+        args,
+        augmentation=augmentation,
+        mixing=mixing,
+        callbacks=callbacks,
+        resume=resume,
+    )
 
 
 def trainer(folder, found, **settings):

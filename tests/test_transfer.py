@@ -1,3 +1,5 @@
+"""Fine-tuning, linear probing and LoRA on other data."""
+
 import json
 import shutil
 import subprocess
