@@ -241,4 +241,3 @@ OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
 NO_RESULT = ("device", "num_workers", "prefetch_factor", "save_steps", "logging_steps", "report_to")
 Options = TypeVar("Options", bound=TrainingOptions)
-Options = TypeVar("Options", bound=TrainingOptions)

@@ -141,7 +141,13 @@ FILES = {
 def file_tree(root: Path) -> str:
     """Every file with one line on what it is: the first of its documentation where it has some."""
     lines = ["```"]
-    folders = (("hf_nose", "*.py"), ("hf_nose/recipes", "*.yaml"), ("scripts", "*.py"), ("tests", "**/*.py"))
+    folders = (
+        ("hf_nose", "*.py"),
+        ("hf_nose/recipes", "*.yaml"),
+        ("scripts", "*.py"),
+        ("scripts/accelerate", "*.yaml"),
+        ("tests", "**/*.py"),
+    )
     for folder, pattern in folders:
         lines.append(f"{folder}/")
         for path in sorted((root / folder).glob(pattern)):

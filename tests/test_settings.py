@@ -408,6 +408,11 @@ def test_packaged_recipes_are_valid():
     paths = sorted(folder.glob("*.yaml"))
     assert paths
     for path in paths:
+        if path.stem == "cifar-probe":
+            # A transfer's alone: the main job refuses it by the name of its key.
+            with pytest.raises(ValueError, match="linear_probe"):
+                parse_settings(["--recipe", path.stem])
+            continue
         parse_settings(["--recipe", path.stem])
         assert not set(read_recipe(path)) & set(OF_ONE_CALL), path.name
 

@@ -6,12 +6,12 @@ from made_data import odd, write_shards
 from safetensors.torch import load_file
 from tiny_run import flags, record, run
 
+from hf_nose.arguments import training_arguments
 from hf_nose.command_line import parse_settings
 from hf_nose.context import RunContext
 from hf_nose.crops import RandomResizedCrop
 from hf_nose.images import ImageDataset, digits_processor
 from hf_nose.streams import ImageStream
-from hf_nose.training import training_arguments
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_streams")]
