@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.image_processing_backends import PilBackend
 
 from .arguments import training_arguments, training_words
@@ -128,6 +128,11 @@ class Job(Generic[Options]):
             settings.batch_size * settings.gradient_accumulation_steps * self.state.num_processes,
         )
 
+    def arguments(self, name: str, steps: int, epochs: float | None = None) -> TrainingArguments:
+        """The Trainer's arguments for a training with its checkpoints in the folder `training/NAME`."""
+        on_cpu = self.device.type == "cpu"
+        return training_arguments(self.settings, self.folder / "training" / name, steps, epochs, on_cpu)
+
     def fit(
         self,
         model: nn.Module,
@@ -139,9 +144,9 @@ class Job(Generic[Options]):
         callbacks: Sequence[TrainerCallback] = (),
         distiller: Distiller | None = None,
     ) -> dict[str, Any]:
-        """Trains `model` as the settings say, with its checkpoints in the folder `training/NAME`; see [`fit`]."""
+        """Trains `model` as the settings say, see [`~hf_nose.training.fit`]."""
         settings, num_labels = self.settings, nose_vit(model).config.num_labels or 0
-        args = training_arguments(settings, self.folder / "training" / name, steps, epochs, self.device.type == "cpu")
+        args = self.arguments(name, steps, epochs)
         self.say(training_words(settings, args))
         return fit(
             model,

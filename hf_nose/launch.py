@@ -54,6 +54,24 @@ def check_launch(num_processes: int, environ: Mapping[str, str] = os.environ) ->
         )
 
 
+def check_sharding(is_sharded: bool, environ: Mapping[str, str] = os.environ) -> None:
+    """
+    Stop where weights were to be sharded and are not: on CPUs accelerate 1.15 takes FSDP for DDP, and nobody says so.
+
+    Args:
+        is_sharded (`bool`): whether the trainer found FSDP.
+        environ (`Mapping[str, str]`, *optional*, defaults to `os.environ`): the environment of this process.
+
+    Raises:
+        LaunchError: saying what to type instead.
+    """
+    if environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not is_sharded:
+        raise LaunchError(
+            "FSDP was asked for, but accelerate shards on GPUs alone: here every process would hold all weights. "
+            f"Start with scripts/accelerate/ddp.yaml, or on CPUs {_TWO_PROCESSES}."
+        )
+
+
 def own_the_machine() -> None:
     """
     Give the one process of a run all physical cores where accelerate's launcher took them away.

@@ -21,7 +21,7 @@ from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkp
 from .distillation import Distiller
 from .ema import ExponentialMovingAverage
 from .images import ImageDataset
-from .launch import check_launch
+from .launch import check_launch, check_sharding
 from .loading import LoadingTrainer
 from .manifests import manifest_error
 from .metrics import TopKAccuracy, top5_ids
@@ -93,6 +93,7 @@ class NoseTrainer(LoadingTrainer):
         kwargs.setdefault("compute_metrics", accuracy)
         kwargs.setdefault("preprocess_logits_for_metrics", top5_ids)
         super().__init__(model=model, args=args, **kwargs)
+        check_sharding(self.is_fsdp_enabled)
         self.augmentation, self.mixing, self.distiller, self.ema = augmentation, mixing, distiller, ema
         if distiller is not None:
             distiller.teacher.to(args.device)

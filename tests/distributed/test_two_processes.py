@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_shards
+from tiny_training import Images, arguments, model, weights
 from transformers import ViTConfig, ViTForImageClassification
 from two_processes import CLASSES, STEPS, train_all
 
 from hf_nose.images import digits_processor
+from hf_nose.launch import LaunchError
+from hf_nose.training import NoseTrainer
 
 
 pytestmark = pytest.mark.slow
@@ -89,6 +93,41 @@ def test_the_loss_of_zero_logits_is_the_log_of_the_classes(two, one, labels, acc
         for found in (rank[f"zero logits {labels} {accumulation}"] for rank in ranks):
             assert (found["world_size"], found["images_per_step"]) == (world_size, 8)
             assert found["losses"] == pytest.approx([math.log(CLASSES)] * STEPS, rel=1e-6)
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compensation", [False, True])
+def test_sharded_weights_end_where_whole_ones_do(shards, compensation):
+    found = model([])
+    found.dilute([1, 2], feature_compensation=compensation)
+    expected = weights(two_shards.train(found, rank=0, world_size=1))
+    assert expected["vit.dilution_mask"].tolist() == [0.0, 0.0]
+    count = sum(parameter.numel() for parameter in found.parameters())
+    for rank in shards:
+        assert rank[compensation]["sharded"] == len(list(found.parameters()))
+        # Each holds its part and no more, but for what does not divide evenly.
+        assert rank[compensation]["local"] < 0.6 * count
+        assert rank[compensation]["weights"].keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(rank[compensation]["weights"][name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """What either rank found of a sharded training."""
+    folder = tmp_path_factory.mktemp("shards")
+    code, output = on_two(HERE / "two_shards.py", folder, folder=folder)
+    assert code == 0, output
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_shards_that_would_be_whole_copies_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(LaunchError, match="FSDP was asked for, but accelerate shards on GPUs alone"):
+        NoseTrainer(model=model([1]), args=arguments(tmp_path), train_dataset=Images(), eval_dataset=Images(4))
 
 
 # --- the whole job ---------------------------------------------------------------------------------------------------
