@@ -151,8 +151,8 @@ def file_tree(root: Path) -> str:
     for folder, pattern in folders:
         lines.append(f"{folder}/")
         for path in sorted((root / folder).glob(pattern)):
-            lines.append(f"  {path.relative_to(root / folder).as_posix():<34}{first_line(path)}")
-    lines += [f"{name:<36}{text}" for name, text in FILES.items()]
+            lines.append(f"  {path.relative_to(root / folder).as_posix():<38} {first_line(path)}")
+    lines += [f"{name:<40} {text}" for name, text in FILES.items()]
     return "\n".join([*lines, "```", ""])
 
 

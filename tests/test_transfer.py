@@ -321,7 +321,7 @@ def test_a_dry_run_writes_nothing(folded, tmp_path, method, capsys):
 
 def parquet(folder):
     """Sixteen grey images of two classes without names, of another size."""
-    images = [Image.fromarray(np.full((20, 30), 30 * index, dtype=np.uint8)) for index in range(16)]
+    images = [Image.fromarray(np.full((20, 30), 15 * index, dtype=np.uint8)) for index in range(16)]
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
     rows = {"picture": images, "kind": [index % 2 for index in range(16)]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
