@@ -92,8 +92,9 @@ class Job(Generic[Options]):
         """Processed images of `"train"`, cropped, repeated or streamed as the settings say, or `"evaluation"`."""
         settings, processor = self.settings, self.processor if processor is None else processor
         columns = self.data.image_column, self.data.label_column
+        max_bytes = int(settings.cache_gib * 2**30)
         if split == "evaluation":
-            return ImageDataset(self.data.evaluation, processor, *columns, num_labels=num_labels)
+            return ImageDataset(self.data.evaluation, processor, *columns, num_labels=num_labels, max_bytes=max_bytes)
         crop, rows = None, self.data.train
         if settings.crop == "random_resized":
             options = settings.seed, settings.crop_scale, settings.crop_ratio
@@ -102,7 +103,9 @@ class Job(Generic[Options]):
             read = LabelledImages(processor, *columns, num_labels, crop)
             return ImageStream(rows, self.data.num_train, read, settings.seed, settings.shuffle_buffer_size)
         repeats = settings.repeated_augmentation
-        return ImageDataset(rows, processor, *columns, num_labels=num_labels, crop=crop, repeats=repeats)
+        return ImageDataset(
+            rows, processor, *columns, num_labels=num_labels, crop=crop, repeats=repeats, max_bytes=max_bytes
+        )
 
     def augmentation(self, processor: PilBackend | None = None) -> BatchAugmentation:
         """What training images go through on their way into the model."""

@@ -55,6 +55,7 @@ class JobOptions:
     eval_split: str | None = option(None, "Split that evaluates.")
     max_train_samples: int | None = option(None, "Take a sample of so many training images.")
     max_eval_samples: int | None = option(None, "Take a sample of so many evaluation images.")
+    cache_gib: float = option(0.25, "Processed images of a split are kept in memory up to so many GiB.")
     streaming: bool = option(False, "Stream the training images instead of loading them.")
     train_images: int | None = option(None, "How many images a stream has, where nothing else says so.")
     shuffle_buffer_size: int = option(1000, "Images that a stream is mixed in, held by every loader process.")
@@ -186,6 +187,8 @@ class TrainingOptions(JobOptions):
             raise ValueError(f"epochs must be positive, and steps 0 beside it, got {self.epochs} and {self.steps}.")
         if not set(self.trackers) <= set(TRACKERS):
             raise ValueError(f"report_to must be none or among {','.join(TRACKERS)}, got {self.report_to!r}.")
+        if not 0 <= self.cache_gib < math.inf:
+            raise ValueError(f"cache_gib must be 0 or more, got {self.cache_gib}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}.")
         check_training(vars(self))
@@ -239,5 +242,5 @@ POSITIVE = (
 NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = ("device", "num_workers", "prefetch_factor", "save_steps", "logging_steps", "report_to")
+NO_RESULT = ("device", "cache_gib", "num_workers", "prefetch_factor", "save_steps", "logging_steps", "report_to")
 Options = TypeVar("Options", bound=TrainingOptions)

@@ -48,6 +48,8 @@ TRAINING = {
     "eval_steps": 10_000,
     "save_steps": 400,
     "logging_steps": 50,
+    # All images of the experiment, at 64 px.
+    "cache_gib": 4.0,
 }
 DENSE, CONTROL, SEARCH = "dense", "dense-trained-on", "nose-one-shot"
 DILUTION = {"schedule": "linear", "decay": 0.6}

@@ -182,6 +182,13 @@ def test_schedule_points_of_epochs():
     assert steps_per_epoch(run) == 2
 
 
+@pytest.mark.parametrize("gib, kept", [(0.25, True), (0.0, False)])
+def test_processed_images_are_kept_up_to_the_cache(finished, gib, kept):
+    context = RunContext(parse_settings(flags(finished, cache_gib=gib)))
+    for split in ("train", "evaluation"):
+        assert (context.images(split, 10).pixel_values is not None) is kept
+
+
 # The folder
 
 

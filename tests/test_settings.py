@@ -434,3 +434,8 @@ def test_trackers():
     assert parse_settings(["--report_to", "tensorboard, wandb"]).trackers == ["tensorboard", "wandb"]
     with pytest.raises(ValueError, match="report_to must be none or among tensorboard,trackio,wandb, got 'paper'"):
         parse_settings(["--report_to", "paper"])
+
+
+def test_cache():
+    with pytest.raises(ValueError, match="cache_gib must be 0 or more, got -1.0"):
+        parse_settings(["--cache_gib=-1"])
