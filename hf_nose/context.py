@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Generic, Literal, overload
 
@@ -22,13 +22,12 @@ from .crops import RandomResizedCrop
 from .data import ImageData, load_image_data
 from .distillation import Distiller
 from .files import put_back, read_json, whole_folder, write_json
-from .images import ImageBatches, ImageDataset, load_processor
+from .images import ImageDataset, load_processor
 from .launch import check_launch, own_the_machine
 from .mixing import Mixing
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
 from .optimization import check_data_size, check_precision
 from .options import Options
-from .processes import place
 from .records import RECORDS
 from .settings import Settings
 from .streams import ImageStream, LabelledImages
@@ -44,6 +43,7 @@ class Job(Generic[Options]):
         self.folder = settings.folder
         self.device = choose_device(settings.device)
         check_precision(self.device, settings.bf16, fp16=False)
+        self._images: dict[tuple[str, int, str], ImageDataset] = {}
         self.state = PartialState(cpu=self.device.type == "cpu")
         check_launch(self.state.num_processes)
         own_the_machine()
@@ -89,23 +89,39 @@ class Job(Generic[Options]):
     ) -> ImageDataset | ImageStream: ...
 
     def images(self, split: str, num_labels: int, processor: PilBackend | None = None) -> ImageDataset | ImageStream:
-        """Processed images of `"train"`, cropped, repeated or streamed as the settings say, or `"evaluation"`."""
-        settings, processor = self.settings, self.processor if processor is None else processor
-        columns = self.data.image_column, self.data.label_column
-        max_bytes = int(settings.cache_gib * 2**30)
+        """
+        Processed images of `"train"`, cropped, repeated or streamed as the settings say, or `"evaluation"`; but for a
+        stream the same object at every call, so that they are processed once.
+        """
+        processor = self.processor if processor is None else processor
+        if split == "train" and isinstance(self.data.train, datasets.IterableDataset):
+            return self.image_stream(self.data.train, num_labels, processor)
+        key = split, num_labels, processor.to_json_string()
+        if key not in self._images:
+            self._images[key] = self.image_dataset(split, num_labels, processor)
+        return self._images[key]
+
+    def image_dataset(self, split: str, num_labels: int, processor: PilBackend) -> ImageDataset:
+        """Processed images of a split that is loaded."""
+        settings, columns = self.settings, (self.data.image_column, self.data.label_column)
+        options: dict[str, Any] = {"num_labels": num_labels, "max_bytes": int(settings.cache_gib * 2**30)}
         if split == "evaluation":
-            return ImageDataset(self.data.evaluation, processor, *columns, num_labels=num_labels, max_bytes=max_bytes)
-        crop, rows = None, self.data.train
-        if settings.crop == "random_resized":
-            options = settings.seed, settings.crop_scale, settings.crop_ratio
-            crop = RandomResizedCrop.for_processor(processor, *options)
-        if isinstance(rows, datasets.IterableDataset):
-            read = LabelledImages(processor, *columns, num_labels, crop)
-            return ImageStream(rows, self.data.num_train, read, settings.seed, settings.shuffle_buffer_size)
-        repeats = settings.repeated_augmentation
-        return ImageDataset(
-            rows, processor, *columns, num_labels=num_labels, crop=crop, repeats=repeats, max_bytes=max_bytes
-        )
+            return ImageDataset(self.data.evaluation, processor, *columns, **options)
+        options |= {"crop": self.crop(processor), "repeats": settings.repeated_augmentation}
+        return ImageDataset(self.data.train, processor, *columns, **options)
+
+    def image_stream(self, rows: datasets.IterableDataset, num_labels: int, processor: PilBackend) -> ImageStream:
+        """Processed training images as they are read."""
+        columns = self.data.image_column, self.data.label_column
+        read = LabelledImages(processor, *columns, num_labels, self.crop(processor))
+        return ImageStream(rows, self.data.num_train, read, self.settings.seed, self.settings.shuffle_buffer_size)
+
+    def crop(self, processor: PilBackend) -> RandomResizedCrop | None:
+        """What cuts training images, where the settings ask for it."""
+        settings = self.settings
+        if settings.crop == "none":
+            return None
+        return RandomResizedCrop.for_processor(processor, settings.seed, settings.crop_scale, settings.crop_ratio)
 
     def augmentation(self, processor: PilBackend | None = None) -> BatchAugmentation:
         """What training images go through on their way into the model."""
@@ -227,30 +243,6 @@ class RunContext(Job[Settings]):
             settings.seed,
             num_labels,
         )
-
-
-class Progress(Sequence):
-    """Batches under a progress bar that counts `rounds` times through this process's share of them."""
-
-    def __init__(self, batches: ImageBatches, description: str, rounds: int = 1, disable: bool = False):
-        self.batches = batches
-        rank, world_size = place()
-        share = len(range(rank, len(batches), world_size))
-        self.bar = tqdm(total=rounds * share, desc=description, unit="batch", disable=disable)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Mapping[str, torch.Tensor]:  # type: ignore[override]
-        batch = self.batches[index]
-        self.bar.update()
-        return batch
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,11 +6,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .context import Progress, choose_device
+from .context import choose_device
 from .data import load_image_data
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch
 from .metrics import evaluate_model
+from .progress import Progress
 from .weights import load_classifier
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from .context import Job, Progress, RunContext
+from .context import Job, RunContext
 from .dilution import DilutionCallback
 from .distillation import Distiller
 from .entropy import layer_profile
@@ -18,6 +18,7 @@ from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
 from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import compare_throughput, count_macs, count_parameters, hardware, trainable_line
+from .progress import Progress
 from .records import EMBEDDED, public_id
 from .report import write_report
 from .selection import Selection, num_passes, random_sets, select_attention_layers

@@ -28,6 +28,7 @@ from .metrics import TopKAccuracy, top5_ids
 from .mixing import Mixing
 from .modeling_nose_vit import nose_vit
 from .optimization import check_data_size, check_precision
+from .progress import BarCallback, Pace
 from .streams import ImageStream
 
 
@@ -46,7 +47,7 @@ class NoseTrainer(LoadingTrainer):
       ended the model holds the average.
     - The loss does not depend on the number of processes or accumulated batches, and the model's `problem_type` stays
       as it is.
-    - M stands in every log line and in `state.log_history`.
+    - M stands in every log line and in `state.log_history`; images per second and seconds left in those of training.
     - A checkpoint appears whole or not at all, with the hashes of its files.
     - A loss or weight that is not finite stops training; the last good checkpoint stays.
     - Top-1 and top-5 are computed in evaluation from class ids.
@@ -103,9 +104,11 @@ class NoseTrainer(LoadingTrainer):
             self.add_callback(ema)
         self._staging: Path | None = None
         self._micro_step = (-1, 0)
+        self._pace = Pace()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         step = self.state.global_step
+        self._pace.start(step)
         self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
         place = {"step": step, "micro_step": self._micro_step[1], "rank": self.args.process_index}
         if self.augmentation is not None:
@@ -181,6 +184,8 @@ class NoseTrainer(LoadingTrainer):
             if len(set(values)) > 1:
                 layers = vit.config.diluted_attention_layers
                 logs.update({f"mask_{layer}": value for layer, value in zip(layers, values, strict=True)})
+        if "loss" in logs:
+            logs |= self._pace.measure(self.state.global_step, self.state.max_steps, images_per_step(self.args))
         super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -249,25 +254,6 @@ class NoseTrainer(LoadingTrainer):
         # Resumed from its last step, inside an epoch, the Trainer would take one step more.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
-
-
-class BarCallback(ProgressCallback):
-    """One bar for a whole training, with the latest figures behind it, instead of a line for every log."""
-
-    figures: dict[str, float]
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs is not None:
-            shown = {name: logs[name] for name in ("loss", "mask", "eval_top1") if name in logs}
-            self.figures = {**self.figures, **shown}
-            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self.figures.items()})
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.figures = {}
-        super().on_train_begin(args, state, control, **kwargs)
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """No bar of its own: evaluations within a training are short."""
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import set_seed
 from transformers.image_processing_backends import PilBackend
 
-from .context import Job, Progress
+from .context import Job
 from .files import locked
 from .image_size import processor_with_size, with_image_size
 from .images import ImageBatches, load_processor
@@ -19,6 +19,7 @@ from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
 from .plan import name_classes
 from .profiling import count_parameters, hardware, trainable_line
+from .progress import Progress
 from .report import load_lines
 from .run import open_folder, run_stages
 from .stages import start_record

@@ -59,6 +59,7 @@ LAYERS = [
     "arguments",
     "checkpoints",
     "dilution",
+    "progress",
     "loading",
     "lora",
     "ema",

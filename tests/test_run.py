@@ -187,6 +187,8 @@ def test_processed_images_are_kept_up_to_the_cache(finished, gib, kept):
     context = RunContext(parse_settings(flags(finished, cache_gib=gib)))
     for split in ("train", "evaluation"):
         assert (context.images(split, 10).pixel_values is not None) is kept
+        # Processed once, however many trainings there are; another head checks its labels anew.
+        assert context.images(split, 10) is context.images(split, 10) is not context.images(split, 11)
 
 
 # The folder
