@@ -58,5 +58,6 @@ def train(folder: Path, data, steps: int, stop: int | None = None, resume: bool 
     )
     with suppress(KeyboardInterrupt):
         trainer.train(resume_from_checkpoint=resume)
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert trainer.state.global_step == (steps if stop is None else stop)
-    return {"batches": recorder.batches, "weights": weights(found), "epoch": trainer.state.epoch}
+    return {"batches": recorder.batches, "weights": weights(found), "epoch": trainer.state.epoch, "losses": losses}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from made_data import numbers, write_numbered
 from test_two_processes import on_two
-from two_loaders import BATCH_SIZE, COUNTS, EPOCHS, KINDS, STOP, WORKERS
+from two_loaders import BATCH_SIZE, COUNTS, EPOCHS, KINDS, STOP, WORKERS, accumulate
 
 
 pytestmark = pytest.mark.slow
@@ -61,6 +61,23 @@ def test_neither_workers_nor_epochs_before_change_what_comes(two, name):
     for epoch in range(EPOCHS):
         assert steps_of(two, name, 0, epoch) == steps_of(two, name, 2, epoch)
     assert steps_of(two, name, 0, 0) != steps_of(two, name, 0, 1)
+
+
+def test_accumulating_on_two_processes_is_training_on_one(two, tmp_path):
+    """The same images in every global batch, the same loss, and after ten steps of SGD the same weights."""
+    write_numbered(tmp_path / "24", train=24, evaluation=4, shards=SHARDS)
+    alone = accumulate(tmp_path, batch_size=4)
+    ranks = [found["accumulated"] for found in two]
+    for step in range(10):
+        fed = [numbers(found["batches"][step, micro_step]) for found in ranks for micro_step in range(2)]
+        expected = [numbers(alone["batches"][step, micro_step]) for micro_step in range(2)]
+        assert [len(batch) for batch in fed] == [2] * 4 and [len(batch) for batch in expected] == [4] * 2
+        assert sorted(sum(fed, [])) == sorted(sum(expected, []))
+    for found in ranks:
+        assert found["losses"][0] == pytest.approx(alone["losses"][0], abs=1e-6)
+        assert len(found["losses"]) == 10
+        for name, tensor in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], tensor, rtol=0, atol=1e-6, msg=name)
 
 
 def test_images_must_fill_a_batch_of_both_processes(two):

@@ -55,6 +55,12 @@ def resume_all(folder: Path) -> dict:
     return found
 
 
+def accumulate(folder: Path, batch_size: int) -> dict:
+    """Ten steps of SGD over batches of `batch_size`, two of them a step."""
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": 2}
+    return train(folder / "sgd", images(folder / "24"), 10, optim="sgd", learning_rate=0.05, **sizes)
+
+
 def refusal(folder: Path) -> str:
     """What is said of 23 images for two batches of 12."""
     try:
@@ -69,5 +75,6 @@ if __name__ == "__main__":
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     PartialState(cpu=True)
     answer = {"counted": count_all(folder), "resumed": resume_all(folder), "refusal": refusal(folder)}
+    answer["accumulated"] = accumulate(folder, batch_size=2)
     torch.save(answer, folder / f"rank{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
