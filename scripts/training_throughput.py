@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def waiting(job: Job[TransferSettings], model: nn.Module, processor: Any, batche
     trainer = NoseTrainer(model=model, args=args, train_dataset=train, eval_dataset=evaluation)
     augmentation, optimizer = job.augmentation(processor), torch.optim.AdamW(model.parameters(), lr=1e-5)
     model.to(job.device).train()
-    iterator, waited, worked = iter(trainer.get_train_dataloader()), 0.0, 0.0
+    iterator, waited, worked = epochs(trainer.get_train_dataloader()), 0.0, 0.0
     for number in range(batches + 2):
         started = time.perf_counter()
         batch = next(iterator)
@@ -156,6 +157,12 @@ def waiting(job: Job[TransferSettings], model: nn.Module, processor: Any, batche
             waited, worked = waited + arrived - started, worked + time.perf_counter() - arrived
     images = batches * settings.batch_size
     return {"waiting_share": waited / (waited + worked), "images_per_s": images / (waited + worked)}
+
+
+def epochs(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches of one epoch after the other, without end."""
+    while True:
+        yield from loader
 
 
 if __name__ == "__main__":

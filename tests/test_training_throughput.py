@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def record(tmp_path_factory):
     output = tmp_path_factory.mktemp("throughput") / "speed.json"
     words = [f"--model={finished_run(tmp_path_factory) / 'dense'}", "--dataset=digits", "--device=cpu"]
-    words += ["--diluted=0,2", "--batch_size=8", "--pairs=3", "--batches=3", "--max_train_samples=64"]
+    words += ["--diluted=0,2", "--batch_size=8", "--pairs=3", "--batches=9", "--max_train_samples=48"]
     assert throughput.main([*words, f"--output={output}"]) == 0
     return json.loads(output.read_text())
 
