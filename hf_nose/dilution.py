@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .modeling_nose_vit import nose_vit
-from .schedules import SCHEDULES, UNITS, scheduled_mask
+from .schedules import ORDERS, SCHEDULES, UNITS, scheduled_masks
 
 
 class DilutionCallback(TrainerCallback):
@@ -21,25 +21,34 @@ class DilutionCallback(TrainerCallback):
             How long M falls: a fraction of training in (0, 1], or a whole number of units above 1. Then M stays 0.
         unit (`str`, *optional*, defaults to `"step"`):
             `"step"` or `"epoch"`: M changes with every step or is constant within an epoch.
+        order (`str`, *optional*, defaults to `"together"`):
+            `"together"`, or the layers one after another, in equal turns: `"ascending"` or `"descending"`.
 
     Raises:
         `ValueError`: for an option out of range; at the start of training for a decay longer than it, for a model
             without diluted layers, for `one_shot` with feature compensation, and for `load_best_model_at_end`.
     """
 
-    def __init__(self, schedule: str = "linear", decay: float = 0.75, unit: str = "step"):
-        for name, value, known in (("schedule", schedule, SCHEDULES), ("unit", unit, UNITS)):
+    def __init__(self, schedule: str = "linear", decay: float = 0.75, unit: str = "step", order: str = "together"):
+        known_values = (("schedule", schedule, SCHEDULES), ("unit", unit, UNITS), ("order", order, ORDERS))
+        for name, value, known in known_values:
             if value not in known:
                 raise ValueError(f"{name} must be one of {known}, got {value!r}.")
-        self.schedule, self.decay, self.unit = schedule, decay, unit
+        if schedule == "one_shot" and order != "together":
+            raise ValueError(f"schedule='one_shot' removes all layers at once: it excludes order={order!r}.")
+        self.schedule, self.decay, self.unit, self.order = schedule, decay, unit, order
 
-    def mask_at(self, step: int, args: TrainingArguments, state: TrainerState, train_dataloader: Any) -> float:
-        """M at optimizer step `step`, from 0."""
+    def masks_at(
+        self, step: int, count: int, args: TrainingArguments, state: TrainerState, train_dataloader: Any
+    ) -> list[float]:
+        """M of each of `count` diluted layers at optimizer step `step`, from 0."""
         num_epochs = None
         if self.unit == "epoch":
             # `state.num_train_epochs` is rounded up, which would move the ends of epochs.
             num_epochs = state.max_steps / math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        return scheduled_mask(self.schedule, self.decay, self.unit, step, state.max_steps, num_epochs)
+        return scheduled_masks(
+            self.schedule, self.decay, self.unit, step, state.max_steps, num_epochs, self.order, count
+        )
 
     def on_train_begin(
         self,
@@ -64,7 +73,7 @@ class DilutionCallback(TrainerCallback):
                 f"schedule='one_shot' removes at once, as f = x, but layers {sorted(compensated)} use feature "
                 "compensation: dilute them with feature_compensation=False."
             )
-        self.mask_at(0, args, state, train_dataloader)
+        self.masks_at(0, len(config.diluted_attention_layers), args, state, train_dataloader)
 
     def on_step_begin(
         self,
@@ -75,4 +84,5 @@ class DilutionCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        nose_vit(model).set_mask(self.mask_at(state.global_step, args, state, train_dataloader))
+        count = len(nose_vit(model).config.diluted_attention_layers)
+        nose_vit(model).set_mask(self.masks_at(state.global_step, count, args, state, train_dataloader))

@@ -14,7 +14,7 @@ from .criteria import CRITERIA, SIGNS
 from .distillation import FEATURES
 from .modeling_nose_vit import MASK_GAINS
 from .optimization import OPTIMIZERS, WARMUP_UNITS, check_training
-from .schedules import SCHEDULES, UNITS
+from .schedules import ORDERS, SCHEDULES, UNITS
 from .selection import SEARCHES
 
 
@@ -84,6 +84,7 @@ class RemovalOptions(JobOptions):
     schedule: str = option("linear", "How M falls from 1 to 0.", choices=SCHEDULES)
     decay: float = option(0.75, "How long it falls: a fraction of training, or units above 1.")
     unit: str = option("step", "Whether M changes by step or by epoch.", choices=UNITS)
+    order: str = option("together", "Whether layers fade together or in turns, by their index.", choices=ORDERS)
     feature_compensation: bool | None = option(
         None, "Double the stream as M falls (Eq. 9); on by default, off with one_shot or without training."
     )

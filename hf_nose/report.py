@@ -21,6 +21,8 @@ CAPTIONS = {
     "trajectory": "The search, a row a round, a column a block (the paper's Fig. 4).",
     "training": "M, loss and accuracy over the steps of training.",
 }
+# How layers faded that did not fade together, by the setting's name.
+TURNS = {"ascending": ", from the lowest layer up", "descending": ", from the highest layer down"}
 COLUMNS = ("top-1 %", "top-5 %", "loss", "params M", "MACs", "images/s", "speed")
 
 
@@ -210,8 +212,9 @@ def _training(records: Records) -> list[str]:
     if "dilution" in records:
         dilution = records["dilution"]
         compensation = "with" if dilution["feature_compensation"] else "without"
+        turns = TURNS.get(dilution.get("order"), "")
         lines.append(
-            f"- Dilution: {escape(dilution['schedule'])} schedule, {compensation} feature compensation, "
+            f"- Dilution: {escape(dilution['schedule'])} schedule{turns}, {compensation} feature compensation, "
             f"{dilution['steps']} steps, {dilution['seconds']:.1f} s."
         )
         lines += _targets(dilution)

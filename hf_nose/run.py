@@ -20,7 +20,7 @@ from .plan import check_teacher, dense_model, distillation_options, planned_laye
 from .profiling import count_macs, count_parameters
 from .records import RECORDS
 from .report import load_lines, summary_table
-from .schedules import scheduled_mask
+from .schedules import scheduled_masks
 from .settings import STAGES, Settings
 from .stages import STAGE_FUNCTIONS
 
@@ -201,7 +201,9 @@ def dry_run(run: RunContext) -> None:
         scale = "M" if unit == 1e6 else "G"
         run.say(f"{name}: {before / unit:.2f} {scale} -> {after / unit:.2f} {scale} ({after / before - 1:+.1%})")
     if settings.is_trained:
-        run.say(f"Schedule: {schedule_points(run)}; compensation {'on' if settings.uses_compensation else 'off'}")
+        run.say(
+            f"Schedule: {schedule_points(run, count)}; compensation {'on' if settings.uses_compensation else 'off'}"
+        )
     if settings.is_trained or settings.dense_steps:
         run.augmentation(processor)
         steps, on_cpu = settings.steps or settings.dense_steps, run.device.type == "cpu"
@@ -225,17 +227,17 @@ def macs(model: torch.nn.Module) -> int:
     return count_macs(model)["total"]
 
 
-def schedule_points(run: RunContext) -> str:
-    """M at the quarters of training."""
+def schedule_points(run: RunContext, count: int) -> str:
+    """M at the quarters of training; of each of `count` layers where they decay in turns."""
     settings = run.settings
     steps = settings.steps or math.ceil((settings.epochs or 0) * steps_per_epoch(run))
     points = [0, steps // 4, steps // 2, 3 * steps // 4, steps - 1]
-    values = [
-        scheduled_mask(settings.schedule, settings.decay, settings.unit, step, steps, settings.epochs)
-        for step in points
-    ]
-    shown = ", ".join(f"{point}: {value:.3f}" for point, value in zip(points, values, strict=True))
-    return f"{settings.schedule}, M at step {shown}, of {steps} steps"
+    told = (settings.schedule, settings.decay, settings.unit)
+    how_many = 1 if settings.order == "together" else count
+    values = [scheduled_masks(*told, step, steps, settings.epochs, settings.order, how_many) for step in points]
+    words = [" ".join(f"{value:.3f}" for value in masks) for masks in values]
+    shown = ", ".join(f"{point}: {word}" for point, word in zip(points, words, strict=True))
+    return f"{settings.schedule} ({settings.order}), M at step {shown}, of {steps} steps"
 
 
 def steps_per_epoch(run: RunContext) -> int:

@@ -4,6 +4,7 @@ import math
 
 
 SCHEDULES = ("linear", "cosine", "one_shot")
+ORDERS = ("together", "ascending", "descending")
 UNITS = ("step", "epoch")
 
 
@@ -36,19 +37,48 @@ def decay_length(decay: float, total: int) -> int:
     return max(1, round(decay * total)) if decay <= 1 else int(decay)
 
 
-def scheduled_mask(
-    schedule: str, decay: float, unit: str, step: int, max_steps: int, num_epochs: float | None = None
-) -> float:
+def decay_turns(order: str, length: int, count: int) -> list[tuple[int, int]]:
     """
-    M at optimizer step `step` (from 0) of `max_steps`. With `unit="epoch"` it is constant within each of the
-    `num_epochs` epochs, the last of which may be cut short, as in the published runs.
+    When each of `count` diluted layers, in ascending order, decays: its first step or epoch of `length`, and how many
+    it takes. Together they share all of them; one after another, from the lowest or the highest layer on, they have
+    equal turns. Raises `ValueError` for an unknown order, or where there are fewer than turns.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}.")
+    if order == "together":
+        return [(0, length)] * count
+    if length < count:
+        raise ValueError(
+            f"order={order} gives each of {count} layers a turn, but the decay has a length of {length}: make it "
+            "longer, or count it in steps."
+        )
+    ends = [turn * length // count for turn in range(count + 1)]
+    turns = [(start, end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    return turns if order == "ascending" else turns[::-1]
+
+
+def scheduled_masks(
+    schedule: str,
+    decay: float,
+    unit: str,
+    step: int,
+    max_steps: int,
+    num_epochs: float | None = None,
+    order: str = "together",
+    count: int = 1,
+) -> list[float]:
+    """
+    M of each of `count` diluted layers, in ascending order, at optimizer step `step` (from 0) of `max_steps`. With
+    `unit="epoch"` it is constant within each of the `num_epochs` epochs, the last of which may be cut short, as in the
+    published runs.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, got {unit!r}.")
-    if unit == "step":
-        return mask_value(schedule, step, decay_length(decay, max_steps))
-    if not num_epochs:
-        raise ValueError("unit='epoch' needs the number of epochs; count in steps where training is set in steps.")
-    # Where the last epoch is cut short, the quotient at the first step of an epoch may be a rounding below it.
-    epoch = int(step * num_epochs / max_steps + 1e-9)
-    return mask_value(schedule, epoch, decay_length(decay, math.ceil(num_epochs)))
+    index, total = step, max_steps
+    if unit == "epoch":
+        if not num_epochs:
+            raise ValueError("unit='epoch' needs the number of epochs; count in steps where training is set in steps.")
+        # Where the last epoch is cut short, the quotient at the first step of an epoch may be a rounding below it.
+        index, total = int(step * num_epochs / max_steps + 1e-9), math.ceil(num_epochs)
+    turns = decay_turns(order, decay_length(decay, total), count)
+    return [1.0 if index < start else mask_value(schedule, index - start, length) for start, length in turns]

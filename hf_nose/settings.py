@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from .distillation import check_distillation
 from .options import RemovalOptions, TrainingOptions, option
-from .schedules import decay_length
+from .schedules import decay_length, decay_turns
 
 
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
@@ -36,6 +36,8 @@ class Settings(TrainingOptions, RemovalOptions):
         check_distillation(vars(self), self.is_distilled, self.is_trained)
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")
+        if self.schedule == "one_shot" and self.order != "together":
+            raise ValueError(f"schedule=one_shot removes all layers at once: it excludes order={self.order}.")
         if not self.is_trained and self.feature_compensation:
             raise ValueError("feature_compensation needs training: set steps or epochs. Untrained, it ends at chance.")
 
@@ -50,7 +52,8 @@ class Settings(TrainingOptions, RemovalOptions):
             raise ValueError("unit=epoch needs the length of training in epochs: give epochs instead of steps.")
         if self.steps or self.unit == "epoch" and self.epochs:
             # Refused here, not after the dense training.
-            decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
+            length = decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
+            decay_turns(self.order, length, self.num_removed or 1)
 
     @property
     def stage_list(self) -> list[str]:
@@ -101,7 +104,7 @@ DEPENDS = {
         "beam_width num_draws mask sign target"
     ),
     "dilute": (
-        "seed steps epochs schedule decay unit feature_compensation control teacher distillation_weight "
+        "seed steps epochs schedule decay unit order feature_compensation control teacher distillation_weight "
         "distillation_temperature distillation_features distillation_blocks distillation_feature_weight "
         f"distillation_control lora_rank lora_alpha lora_dropout lora_targets {OF_TRAINING}"
     ),

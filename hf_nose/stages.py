@@ -140,6 +140,7 @@ def dilute(run: RunContext) -> dict[str, Any]:
         "schedule": settings.schedule if settings.is_trained else "none",
         "decay": settings.decay,
         "unit": settings.unit,
+        "order": settings.order,
         "steps": 0,
         "seconds": 0.0,
         "log": [],
@@ -148,7 +149,7 @@ def dilute(run: RunContext) -> dict[str, Any]:
         "ema_decay": settings.ema_decay if settings.is_trained else None,
     }
     if settings.is_trained:
-        callback = DilutionCallback(settings.schedule, settings.decay, settings.unit)
+        callback = DilutionCallback(settings.schedule, settings.decay, settings.unit, settings.order)
         distiller, record["distillation"] = teach(run, model) if settings.is_distilled else (None, None)
         arms: list[tuple] = [("dilution", model, [callback], distiller)]
         if settings.control:

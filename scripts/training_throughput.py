@@ -8,6 +8,7 @@ What dilution costs and its tail saves in training, steps of all models in turn 
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options, flags = parser.parse_known_args(argv)
     layers = parse_layers(options.diluted, "diluted")
-    settings = parse_job(TransferSettings, [*flags, "--steps=1000000", "--output_dir=unused"])
+    with tempfile.TemporaryDirectory() as folder:
+        record = measure(
+            parse_job(TransferSettings, [*flags, "--steps=1000000", f"--output_dir={folder}"]), layers, options
+        )
+    write_json(options.output, record)
+    print({**record["steps"], **record["data"]})
+    return 0
+
+
+def measure(settings: TransferSettings, layers: list[int], options: argparse.Namespace) -> dict[str, Any]:
+    """Both measurements of one model on one data set, and what they were taken with."""
     job = Job(settings)
     model, processor = start_model(settings, job.data.class_names)
-    record = {
+    return {
         "model": public_id(settings.model, settings.base_model_id),
         "dataset": public_id(settings.dataset, settings.dataset_id),
         "layers": layers,
@@ -50,9 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         "data": waiting(job, model, processor, options.batches),
         "hardware": hardware(job.device, torch.bfloat16 if settings.bf16 else torch.float32),
     }
-    write_json(options.output, record)
-    print({**record["steps"], **record["data"]})
-    return 0
 
 
 def compare_steps(

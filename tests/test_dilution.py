@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_nose.dilution import DilutionCallback
 from hf_nose.modeling_nose_vit import nose_vit
-from hf_nose.schedules import scheduled_mask
+from hf_nose.schedules import scheduled_masks
 from hf_nose.training import NoseTrainer
 
 
@@ -70,9 +70,21 @@ def test_the_mask_follows_the_step_whatever_came_before():
     for order in (range(40), reversed(range(40)), [7, 3, 39, 0]):
         for number in order:
             value = step(callback, found, TrainerState(max_steps=40, global_step=number))
-            assert value == [pytest.approx(scheduled_mask("cosine", 0.5, "step", number, 40), abs=1e-7)] * 2
+            assert value == pytest.approx(scheduled_masks("cosine", 0.5, "step", number, 40, count=2), abs=1e-7)
             assert masks.setdefault(number, value) == value
-    assert vars(callback) == {"schedule": "cosine", "decay": 0.5, "unit": "step"}
+    assert vars(callback) == {"schedule": "cosine", "decay": 0.5, "unit": "step", "order": "together"}
+
+
+def test_layers_fade_one_after_another():
+    callback, found = DilutionCallback("linear", 0.5, order="descending"), model(DILUTED)
+    assert step(callback, found, TrainerState(max_steps=40, global_step=9)) == [1.0, 0.0]
+    assert step(callback, found, TrainerState(max_steps=40, global_step=10)) == [1.0, 0.0]
+    assert step(callback, found, TrainerState(max_steps=40, global_step=19)) == [0.0, 0.0]
+
+
+def test_one_shot_has_no_turns():
+    with pytest.raises(ValueError, match="one_shot.*excludes order='ascending'"):
+        DilutionCallback("one_shot", order="ascending")
 
 
 def test_the_tail_is_exactly_zero_and_the_start_is_exactly_one(tmp_path):

@@ -170,6 +170,13 @@ def test_full_report(tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_layers_that_faded_in_turns_are_said(tmp_path):
+    content = records()
+    content["dilution"]["order"] = "descending"
+    text = write_report(write_run(tmp_path, content)).read_text()
+    assert "linear schedule, from the highest layer down, with feature compensation" in text
+
+
 @pytest.mark.parametrize(
     ("present", "missing"),
     [

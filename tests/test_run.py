@@ -175,8 +175,13 @@ def test_schedule_points_of_epochs():
         settings=settings, data=SimpleNamespace(num_train=30), state=SimpleNamespace(num_processes=1)
     )
     assert steps_per_epoch(run) == 4
-    assert schedule_points(run) == (
-        "linear, M at step 0: 1.000, 4: 0.000, 8: 0.000, 12: 0.000, 15: 0.000, of 16 steps"
+    assert schedule_points(run, 2) == (
+        "linear (together), M at step 0: 1.000, 4: 0.000, 8: 0.000, 12: 0.000, 15: 0.000, of 16 steps"
+    )
+    settings.order = "ascending"
+    assert schedule_points(run, 2) == (
+        "linear (ascending), M at step 0: 0.000 1.000, 4: 0.000 0.000, 8: 0.000 0.000, 12: 0.000 0.000, "
+        "15: 0.000 0.000, of 16 steps"
     )
     run.state.num_processes = 2
     assert steps_per_epoch(run) == 2

@@ -242,6 +242,14 @@ def test_a_decay_that_does_not_end_is_refused_before_anything_is_trained(values)
         Settings(**values)
 
 
+def test_turns_that_do_not_fit_are_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match="each of 3 layers a turn, but the decay has a length of 2"):
+        Settings(steps=10, decay=2, order="ascending", num_removed=3)
+    Settings(steps=10, decay=3, order="ascending", num_removed=3)
+    with pytest.raises(ValueError, match="one_shot removes all layers at once: it excludes order=descending"):
+        Settings(steps=10, schedule="one_shot", order="descending")
+
+
 def test_epochs_as_unit_need_epochs():
     with pytest.raises(ValueError, match="unit=epoch needs the length of training in epochs"):
         Settings(steps=10, unit="epoch")
