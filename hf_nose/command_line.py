@@ -11,7 +11,7 @@ from typing import Any, cast
 import yaml
 from transformers import HfArgumentParser
 
-from .options import Options, TrainingOptions, run_folder
+from .options import NO_RECIPE, Options, TrainingOptions, run_folder
 from .settings import Settings
 
 
@@ -66,21 +66,26 @@ def parse_job(
 ) -> Options:
     """
     Settings of a `kind` from a command line. The recipe's values come first, as if they had been typed before the
-    flags, so flags win and both are checked alike. Without `--recipe` a run's is the digits', or none where `--model`
-    or `--dataset` names something else: what suits the digits trains nothing else by accident. A settings.yaml takes
-    the recipe's place: `base`, or that of the folder where `--resume` is given without `--recipe`.
+    flags, so flags win and both are checked alike. Without `--recipe` a run's is the digits', or the short one where
+    `--model` or `--dataset` names something else; `--recipe none` is nothing but defaults and flags. A settings.yaml
+    takes the recipe's place: `base`, or that of the folder where `--resume` is given without `--recipe`.
     """
     first = settings_parser(prog, kind).parse_known_args(list(arguments))[0]
     # The parser takes --num-removed for --num_removed.
     names = {"--" + argument.split("=")[0][2:].replace("-", "_") for argument in arguments if argument[:2] == "--"}
     is_chosen = first.recipe is not None
-    if not is_chosen and (first.model, first.dataset) == (kind.model, kind.dataset):
+    is_general = not is_chosen and (first.model, first.dataset) != (kind.model, kind.dataset)
+    if not is_chosen and not is_general:
         first.recipe = kind.default_recipe
+    elif first.recipe == NO_RECIPE:
+        first.recipe = None
     saved = run_folder(first.output_dir, first.recipe, first.model) / "settings.yaml"
     if base is None and first.resume and not is_chosen and saved.is_file():
         base = saved
-    if base is None and first.recipe is not None:
-        base = recipe_path(first.recipe)
+    # The general recipe serves many models: the folder, and what is told of the run, go by the model's name.
+    source = kind.general_recipe if is_general else first.recipe
+    if base is None and source is not None:
+        base = recipe_path(source)
     recipe = {} if base is None else read_recipe(base, kind)
     for group in EXCLUSIVE:
         if names & {f"--{key}" for key in group}:

@@ -18,6 +18,8 @@ from .schedules import ORDERS, SCHEDULES, UNITS
 from .selection import SEARCHES
 
 
+# Instead of a recipe's name: nothing but defaults and flags.
+NO_RECIPE = "none"
 TRACKERS = ("tensorboard", "trackio", "wandb")
 CROPS = ("none", "random_resized")
 # The matrices of a block.
@@ -34,7 +36,9 @@ class JobOptions:
     """What any job can be told about its folder, its model and its data."""
 
     recipe: str | None = option(
-        None, "Recipe in the package, or a YAML file; flags win over it. By default digits, or none beside a --model."
+        None,
+        "Recipe in the package, or a YAML file; flags win over it. By default digits, or short where --model or "
+        "--dataset names something else; 'none' for nothing but defaults and flags.",
     )
     output_dir: str | None = option(None, "Folder of the run; runs/<recipe>, or runs/<model>, by default.")
     dry_run: bool = option(False, "Show settings, costs and schedule, run one forward, write nothing.")
@@ -109,7 +113,9 @@ class RemovalOptions(JobOptions):
 class TrainingOptions(JobOptions):
     """How models are trained and evaluated: with [`JobOptions`], what every job that trains can be told."""
 
+    # Of a job that names no recipe: for its default model and data, and for any other.
     default_recipe: ClassVar[str | None] = None
+    general_recipe: ClassVar[str | None] = None
 
     steps: int = option(0, "Steps to train; in a run while M decays, where 0 removes without training.")
     epochs: float | None = option(None, "Length of that training in epochs, instead of steps.")
@@ -230,7 +236,8 @@ class TrainingOptions(JobOptions):
 
 def run_folder(output_dir: str | None, recipe: str | None, model: str) -> Path:
     """Where a run works: as told, or `runs/` with the name of its recipe or, without one, of its model."""
-    return Path(output_dir or Path("runs") / (Path(recipe).stem if recipe else Path(model).resolve().name))
+    name = Path(model).resolve().name if recipe in (None, NO_RECIPE) else Path(recipe).stem
+    return Path(output_dir or Path("runs") / name)
 
 
 POSITIVE = (

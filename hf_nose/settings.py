@@ -19,6 +19,7 @@ class Settings(TrainingOptions, RemovalOptions):
     """Everything a run can be told. Learning rates and steps are those of the whole run, batch sizes per process."""
 
     default_recipe: ClassVar[str | None] = "digits"
+    general_recipe: ClassVar[str | None] = "short"
 
     stages: str = option(",".join(STAGES), "Stages to run, comma-separated, in their order.")
     random_controls: int = option(3, "Random sets evaluated beside the chosen one.")

@@ -31,12 +31,26 @@ def test_without_arguments_it_is_the_digits_recipe():
 
 
 def test_the_digits_recipe_trains_no_other_model_or_data():
-    """Its dense steps would spoil a pretrained model that is only to be searched."""
+    """Its dense steps would spoil a pretrained model: any other is compressed by the short recipe."""
+    short = yaml.safe_load(recipe_path("short").read_text())
     for flags in (["--model", "someone/vit-tiny"], ["--dataset=someone/photos"]):
-        settings = parse_settings([*flags, "--num_removed", "2"])
-        assert settings.recipe is None
-        assert (settings.dense_steps, settings.steps, settings.control) == (0, 0, False)
+        settings = parse_settings([*flags, "--batch_size", "7"])
+        assert settings.dense_steps == 0 and settings.recipe is None
+        assert {name: getattr(settings, name) for name in short} == {**short, "batch_size": 7}
     assert parse_settings(["--model", "someone/vit-tiny"]).folder.as_posix() == "runs/vit-tiny"
+    searched = parse_settings(["--model", "someone/vit-tiny", "--num_removed", "2", "--steps", "0"])
+    assert searched.ratio is None and not searched.is_trained
+
+
+def test_without_any_recipe_there_are_defaults_and_flags():
+    for flags in ([], ["--model", "someone/vit-tiny"], ["--dataset=someone/photos"]):
+        settings = parse_settings([*flags, "--recipe", "none", "--seed=3"])
+        given = Settings(recipe="none", seed=3)
+        assert replace(settings, model=given.model, dataset=given.dataset) == given
+    assert parse_settings(["--model", "someone/vit-tiny", "--recipe=none"]).folder.as_posix() == "runs/vit-tiny"
+
+
+def test_a_named_recipe_takes_the_place_of_the_short_one():
     assert parse_settings(["--model", "someone/vit-tiny", "--recipe", "digits"]).dense_steps > 0
     assert parse_settings(["--model", Settings.model, "--dataset", "digits"]) == parse_settings([])
 
