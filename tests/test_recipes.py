@@ -6,6 +6,7 @@ import json
 import datasets
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil
 
@@ -170,7 +171,19 @@ def test_cifar_recipes_transfer_by_sgd(compressed, cifar100_layout, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("recipe", [*IMAGENET, "cifar", "cifar-probe", "digits"])
+@pytest.mark.slow
+def test_the_short_recipe_does_a_dry_run_where_none_is_named(cifar100_layout, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = [f"--model={vit(tmp_path / 'vit', 't')}", f"--dataset={cifar100_layout}", "--label_column=fine_label"]
+    run_job(parse_settings([*words, "--dry_run"]))
+    said = capsys.readouterr().out
+    assert "to be searched, 5 of 12" in said and "Dry run: nothing was written." in said
+    shown = yaml.safe_load(said.partition("\nStages: ")[0])
+    assert {**shown, **read_recipe(recipe_path("short"))} == shown
+    assert [path.name for path in tmp_path.iterdir()] == ["vit"]
+
+
+@pytest.mark.parametrize("recipe", [*IMAGENET, "cifar", "cifar-probe", "digits", "short"])
 def test_the_first_line_of_a_recipe_says_what_it_is(recipe):
     first = recipe_path(recipe).read_text().splitlines()[0]
     assert first.startswith("# ") and first.endswith(".") or recipe == "digits"
