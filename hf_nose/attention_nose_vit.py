@@ -64,7 +64,8 @@ class NoseViTAttention(ViTAttention):
 
     def project(self, hidden_states: torch.Tensor, class_token_only: bool) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each (batch, tokens, hidden), the queries (batch, 1, hidden) if asked for."""
-        queried = hidden_states[:, :1] if class_token_only else hidden_states
+        # Contiguous: a Linear over rows that lie apart becomes one small product an image.
+        queried = hidden_states[:, :1].contiguous() if class_token_only else hidden_states
         if self.qkv_weight is None:
             return self.q_proj(queried), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.training:

@@ -44,9 +44,8 @@ def count_macs(
     plus patch embedding and head, a LayerNorm at 5 per element; softmax, activations and sums are not counted).
 
     One forward on the meta device, counted by hooks from the shapes that really pass: a block without attention, an
-    attention that is not computed because M = 0, and tokens dropped on the way (the class-token tail of a classifier) are
-    all seen. Nothing is computed, and
-    the weights of a model are neither copied nor touched.
+    attention that is not computed because M = 0, and tokens dropped on the way (a classifier's class-token tail) are
+    all seen. Nothing is computed, and the weights of a model are neither copied nor touched.
 
     Args:
         config_or_model (`PretrainedConfig` or `nn.Module`):
