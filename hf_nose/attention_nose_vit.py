@@ -114,11 +114,11 @@ class NoseViTAttention(ViTAttention):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for kind in ("weight", "bias"):
-            fused = destination.pop(f"{prefix}qkv_{kind}", None)
-            if fused is not None:
-                for name, tensor in zip(PROJECTIONS, fused.chunk(3), strict=True):
-                    destination[f"{prefix}{name}.{kind}"] = tensor
+        fused = {kind: destination.pop(f"{prefix}qkv_{kind}", None) for kind in ("weight", "bias")}
+        for index, name in enumerate(PROJECTIONS):
+            for kind, tensor in fused.items():
+                if tensor is not None:
+                    destination[f"{prefix}{name}.{kind}"] = tensor.chunk(3)[index]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for kind in ("weight", "bias"):
