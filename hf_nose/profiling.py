@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,12 @@ def hardware(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
         "dtype": str(dtype).removeprefix("torch."),
         "float32_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def hardware_slug(hardware: dict[str, Any]) -> str:
+    """What the files of a machine's results are called: the GPU, or the processor and the threads of torch."""
+    name = hardware["accelerator"] or f"{hardware['processor']} {hardware['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _processor() -> str:

@@ -14,6 +14,17 @@ from .configuration_nose_vit import NoseViTConfig
 LAYER_NORM_MACS_PER_ELEMENT = 5
 # Hidden size and heads; 12 blocks, patches of 16 of 224 pixels, an MLP of four times the hidden size, 1,000 classes.
 SHAPES = {"deit-tiny": (192, 3), "deit-small": (384, 6), "deit-base": (768, 12)}
+# What makes two models of one shape, whatever is removed from them.
+SHAPE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "num_labels",
+)
 # By shape and number of removed layers. The set behind the figure of DeiT-S 40 % is not published.
 PUBLISHED_SETS = {
     ("deit-base", 5): [0, 1, 3, 4, 6],
@@ -43,9 +54,8 @@ def shape_config(name: str) -> ViTConfig:
 
 def shape_name(config: PretrainedConfig) -> str | None:
     """The name of a configuration's shape, whatever is removed from it; `None` where it has none."""
-    keys = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers", "image_size", "patch_size")
     for name in SHAPES:
-        if all(getattr(config, key) == getattr(shape_config(name), key) for key in keys):
+        if all(getattr(config, field) == getattr(shape_config(name), field) for field in SHAPE_FIELDS):
             return name
     return None
 
