@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .contenders import ATTENTIONS, DTYPES, Contender, contenders, release
+from .contenders import ATTENTIONS, CHUNKED, DTYPES, Contender, contenders, release
 from .devices import choose_device
 from .files import read_json, stamped, write_json
 from .memory import check_budget, images_in_budget, parse_bytes, probe
 from .profiling import hardware, hardware_slug
 from .roofline import gemm_rate, gemm_share
-from .timing import compare_throughput, verdict
+from .timing import compare_throughput, median_interval, paired_ratios, verdict
 
 
 MAX = "max"
@@ -250,6 +251,10 @@ def one_group(
             speed = speeds[row["name"]]
             share = gemm_share(speed["images_per_s"], row["macs_computed"], entry["gemm"]["macs_per_s"])
             row |= speed | {"verdict": verdict(speed["ratio_interval"]), "gemm_share": share}
+            if row["name"].endswith(CHUNKED):
+                whole = speeds[row["name"].removesuffix(CHUNKED)]
+                pairs = paired_ratios(speed["seconds"], whole["seconds"])
+                row |= {"ratio_to_whole": statistics.median(pairs), "whole_interval": list(median_interval(pairs))}
     if options.memory:
         for contender, row in zip(group, rows, strict=True):
             where = (device, key["dtype"], key["attention"], torch.get_num_threads())

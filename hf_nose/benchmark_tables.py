@@ -32,13 +32,22 @@ MODEL_COLUMNS = (
     "ratio_interval",
     "verdict",
     "gemm_share",
+    "ratio_to_whole",
+    "whole_interval",
     "peak_bytes",
     "allocated_bytes",
     "reserved_bytes",
 )
-MEMORY_COLUMNS = (*MODEL_COLUMNS[:5], "images", "peak_bytes", "weights_bytes", "bytes_per_image", "ratio_to_first")
+MEMORY_COLUMNS = (
+    *MODEL_COLUMNS[:5],
+    "images",
+    *MODEL_COLUMNS[-3:],
+    "weights_bytes",
+    "bytes_per_image",
+    "ratio_to_first",
+)
 GROUP_COLUMNS = ("shape", "dtype", "attention", "torch_compile", "batch_size", "rounds", "warmup")
-PAIRS = ("quartiles", "latency_quartiles", "ratio_quartiles", "ratio_interval")
+PAIRS = ("quartiles", "latency_quartiles", "ratio_quartiles", "ratio_interval", "whole_interval")
 
 
 def groups_csv(record: dict[str, Any]) -> str:
@@ -150,6 +159,13 @@ def _words(entry: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{model['name']} is {model['verdict'].partition(':')[0]} than {first['name']}: "
                 f"{model['ratio_to_first']:.2f}x, {lower:.2f} to {upper:.2f} with 95 % confidence."
+            )
+    for model in entry["models"]:
+        if "ratio_to_whole" in model:
+            lower, upper = (100 * (1 / bound - 1) for bound in reversed(model["whole_interval"]))
+            lines.append(
+                f"{model['name']}: the slices cost {100 * (1 / model['ratio_to_whole'] - 1):.1f} % of time, "
+                f"{lower:.1f} to {upper:.1f} with 95 % confidence, median of {entry['rounds']} pairs."
             )
     return ["  \n".join(lines)]
 

@@ -22,7 +22,8 @@ from .surgery import fold
 from .weights import load_classifier
 
 
-KINDS = ("stock", "nose", "checkpoint")
+# Behind the name of a model that computes in slices.
+CHUNKED = " chunked"
 ATTENTIONS = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -188,7 +189,7 @@ def contenders(
         for contender in of_source(source, config, removed, is_first=not group):
             group.append(contender)
             if any(chunks.values()) and contender.kind != "stock":
-                group.append(replace(contender, name=f"{contender.name} chunked", **chunks))
+                group.append(replace(contender, name=contender.name + CHUNKED, **chunks))
     names = [contender.name for _, group in groups.values() for contender in group]
     if len(set(names)) != len(names):
         raise ValueError(f"Two models would have one name: {names}. Give every removal once, and folders names apart.")

@@ -5,15 +5,22 @@ JSON from its input and answers with JSON on its output. [`~memory.probe`] start
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from .contenders import ATTENTIONS, DTYPES, Contender, release
+
+
+# More images than any budget holds: where the search stops.
+MOST_IMAGES = 2**20
+NOTHING: dict[str, Any] = {"peak_bytes": None, "allocated_bytes": None, "reserved_bytes": None}
 
 
 def main() -> int:
@@ -33,8 +40,8 @@ def measured(
     budget: int | None,
 ) -> dict[str, Any]:
     """
-    Bytes at the peak of an inference, weights and input included; see [`~memory.probe`]. On a GPU the caching
-    allocator is held to `budget`, and what does not fit gives `{"out_of_memory": True}`.
+    Bytes at the peak of an inference, weights and input included, see [`~memory.probe`]; with a budget those of the
+    largest batch in it, and its `images`, see [`~memory.images_in_budget`]: then the search begins at the batch size.
     """
     torch.set_num_threads(threads)
     where = torch.device(device)
@@ -44,27 +51,86 @@ def measured(
     warm_up(where, DTYPES[dtype], attention)
     release()
     before = resident_bytes() if where.type == "cpu" else 0
+    model = Contender(**contender).build(where, DTYPES[dtype], attention)
+    found: dict[int, dict[str, Any]] = {0: NOTHING}
+
+    def peak_at(images: int) -> int | None:
+        found[images] = peak_of(model, images, where, before)
+        return found[images]["peak_bytes"]
+
+    if budget is None:
+        peak_at(batch_size)
+        return found[batch_size]
+    images = largest_batch(peak_at, budget, batch_size)
+    return {"images": images, **found[images]}
+
+
+def peak_of(model: PreTrainedModel, num_images: int, device: torch.device, before: int) -> dict[str, Any]:
+    """The peak of one forward; what an earlier one left behind is given back first. Nothing where memory runs out."""
+    is_cuda = device.type == "cuda"
+    release()
+    if is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        reset_peak()
+    size = model.config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape = (num_images, model.config.num_channels, height, width)
     try:
-        model = Contender(**contender).build(where, DTYPES[dtype], attention)
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(where)
-        else:
-            reset_peak()
         with torch.inference_mode():
-            size = model.config.image_size
-            height, width = size if isinstance(size, list | tuple) else (size, size)
-            shape = (batch_size, model.config.num_channels, height, width)
             # Not zeros: those take no memory before something is written.
-            images = torch.ones(shape, device=where, dtype=model.dtype)
-            model(images)
+            model(torch.ones(shape, device=device, dtype=model.dtype))
     except torch.OutOfMemoryError:
-        return {"out_of_memory": True}
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
-        allocated, reserved = torch.cuda.max_memory_allocated(where), torch.cuda.max_memory_reserved(where)
+        return NOTHING
+    if is_cuda:
+        torch.cuda.synchronize(device)
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"peak_bytes": reserved, "allocated_bytes": allocated, "reserved_bytes": reserved}
-    return {"peak_bytes": peak_bytes() - before, "allocated_bytes": None, "reserved_bytes": None}
+    return NOTHING | {"peak_bytes": peak_bytes() - before}
+
+
+def largest_batch(peak_at: Callable[[int], int | None], budget: int, first: int) -> int:
+    """
+    The most images whose peak stays within a budget, 0 where not even one does: bisection between what fits and what
+    does not, its next guess from the line through two peaks, because memory grows nearly linearly.
+
+    Args:
+        peak_at (`Callable[[int], int | None]`): bytes at a number of images, `None` where memory ran out.
+        budget (`int`): bytes.
+        first (`int`): images of the first guess, at least 1.
+    """
+    fits, too_many, guess = 0, MOST_IMAGES, first
+    peaks: dict[int, int] = {}
+    for step in itertools.count(1):
+        peak = peak_at(guess)
+        if peak is not None:
+            peaks[guess] = peak
+        if peak is not None and peak <= budget:
+            fits = guess
+        else:
+            too_many = guess
+        if too_many - fits <= 1:
+            break
+        # Every fourth guess halves, should memory not grow along a line.
+        guess = halfway(fits, too_many) if step % 4 == 0 else along_the_line(peaks, budget, fits, too_many)
+        # A peak measured wrongly must not fill the machine: never more than four times what fits.
+        guess = max(fits + 1, min(guess, too_many - 1, 4 * max(fits, 1)))
+    return fits
+
+
+def halfway(fits: int, too_many: int) -> int:
+    """The middle, or four times as many as long as nothing was too many."""
+    return 4 * fits if too_many == MOST_IMAGES else (fits + too_many) // 2
+
+
+def along_the_line(peaks: dict[int, int], budget: int, fits: int, too_many: int) -> int:
+    """Where the line through the two peaks nearest to the budget meets it."""
+    nearest = sorted(sorted(peaks, key=lambda images: abs(peaks[images] - budget))[:2])
+    if len(nearest) < 2 or peaks[nearest[1]] <= peaks[nearest[0]]:
+        return halfway(fits, too_many)
+    slope = (peaks[nearest[1]] - peaks[nearest[0]]) / (nearest[1] - nearest[0])
+    return nearest[0] + int((budget - peaks[nearest[0]]) // slope)
 
 
 def warm_up(device: torch.device, dtype: torch.dtype, attention: str) -> None:

@@ -75,13 +75,13 @@ def summarised(seconds: Mapping[str, Sequence[float]], num_images: int) -> dict[
         `dict`: for every name `images_per_s` (the median over rounds) with its `quartiles` (the lower and the upper),
         `latency_s` with `latency_quartiles`, and `ratio_to_first`, the median over rounds of its images per second
         divided by the first one's in the same round (above 1 is faster), with `ratio_quartiles` and `ratio_interval`,
-        see [`median_interval`].
+        see [`median_interval`]; and the `seconds` of every round themselves.
     """
     first = seconds[next(iter(seconds))]
     results = {}
     for name, values in seconds.items():
         rates, latencies = quartiles([num_images / value for value in values]), quartiles(values)
-        pairs = [reference / value for value, reference in zip(values, first, strict=True)]
+        pairs = paired_ratios(values, first)
         ratios = quartiles(pairs)
         results[name] = {
             "images_per_s": rates[1],
@@ -91,8 +91,14 @@ def summarised(seconds: Mapping[str, Sequence[float]], num_images: int) -> dict[
             "ratio_to_first": ratios[1],
             "ratio_quartiles": [ratios[0], ratios[2]],
             "ratio_interval": list(median_interval(pairs)),
+            "seconds": list(values),
         }
     return results
+
+
+def paired_ratios(seconds: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """How many times as fast as the reference, round by round; above 1 is faster."""
+    return [theirs / ours for ours, theirs in zip(seconds, reference, strict=True)]
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -131,6 +131,7 @@ def test_statistics():
         "ratio_to_first": 1.0,
         "ratio_quartiles": [1.0, 1.0],
         "ratio_interval": [1.0, 1.0],
+        "seconds": [2.0, 4.0, 1.0],
     }
     assert results["B"] == {
         "images_per_s": 8.0,
@@ -140,6 +141,7 @@ def test_statistics():
         "ratio_to_first": 1.0,
         "ratio_quartiles": [0.75, 1.5],
         "ratio_interval": [0.5, 2.0],
+        "seconds": [1.0, 8.0, 1.0],
     }
 
 
