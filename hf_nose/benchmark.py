@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -216,7 +216,7 @@ def held_entry(entries: list[dict[str, Any]], key: dict[str, Any], names: list[s
 def built(contender: Contender, setting: dict[str, Any], device: torch.device, is_compiled: bool) -> nn.Module:
     """The model on its device, compiled where that was asked for (when it first runs)."""
     model: Any = contender.build(device, DTYPES[setting["dtype"]], setting["attention"])
-    return torch.compile(model, fullgraph=True) if is_compiled else model
+    return cast(nn.Module, torch.compile(model, fullgraph=True)) if is_compiled else model
 
 
 def in_budget(contender: Contender, key: dict[str, Any], device: torch.device, say: Say) -> dict[str, Any]:

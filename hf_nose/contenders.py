@@ -10,7 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import load_vit, unsupported
@@ -84,7 +90,7 @@ class Contender:
         """Counted on the meta device: nothing is built."""
         config = self.config()
         with torch.device("meta"):
-            return count_parameters(model_class(config)(config))
+            return count_parameters(AutoModelForImageClassification.from_config(config))
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Memory that the parameters take."""
@@ -121,12 +127,7 @@ class Contender:
         return asdict(self)
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The classifier of a configuration."""
-    return NoseViTForImageClassification if isinstance(config, NoseViTConfig) else ViTForImageClassification
-
-
-def source_config(source: str) -> PretrainedConfig:
+def source_config(source: str) -> ViTConfig:
     """The configuration of a shape or checkpoint; `ValueError` where it is no pre-norm ViT."""
     if source in SHAPES:
         return shape_config(source)
@@ -136,13 +137,13 @@ def source_config(source: str) -> PretrainedConfig:
     return config
 
 
-def stock_config(config: PretrainedConfig) -> ViTConfig:
+def stock_config(config: ViTConfig) -> ViTConfig:
     """The configuration of the dense, stock ViT of the same shape."""
     names = set(ViTConfig().to_dict()) - {"model_type", "architectures", "transformers_version"}
     return ViTConfig(**{name: value for name, value in config.to_dict().items() if name in names})
 
 
-def stock_model(source: str) -> ViTForImageClassification:
+def stock_model(source: str) -> PreTrainedModel:
     """transformers' own ViT: the checkpoint's, or with seeded random weights where there is none of that kind."""
     config = source_config(source)
     if source not in SHAPES and config.model_type == "vit":
@@ -177,7 +178,10 @@ def contenders(
     """
     if not sources or len(set(sources)) != len(sources):
         raise ValueError(f"model must name at least one model, none twice, got {list(sources)}.")
-    chunks = {"chunk_size_feed_forward": chunk_size_feed_forward, "chunk_size_attention": chunk_size_attention}
+    chunks: dict[str, Any] = {
+        "chunk_size_feed_forward": chunk_size_feed_forward,
+        "chunk_size_attention": chunk_size_attention,
+    }
     for name, size in chunks.items():
         if size < 0:
             raise ValueError(f"{name} must be 0 (off) or positive, got {size}.")
@@ -196,7 +200,7 @@ def contenders(
     return dict(groups.values())
 
 
-def of_source(source: str, config: PretrainedConfig, removed: Sequence[str], is_first: bool) -> list[Contender]:
+def of_source(source: str, config: ViTConfig, removed: Sequence[str], is_first: bool) -> list[Contender]:
     """The models that one source gives; the first of a group gives the stock and the dense one in any case."""
     name = public_name(source)
     found = [Contender(f"{name} stock", source, "stock")] if is_first else []

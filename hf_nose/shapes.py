@@ -49,7 +49,8 @@ def shape_config(name: str) -> ViTConfig:
     if name not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}.")
     hidden, heads = SHAPES[name]
-    return ViTConfig(hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=1000)
+    values = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden, "num_labels": 1000}
+    return ViTConfig(**values)
 
 
 def shape_name(config: PretrainedConfig) -> str | None:

@@ -157,7 +157,6 @@ def test_macs_as_published_and_as_computed():
     assert computed["by_module"]["vit.layers.1.attention"] == published["by_module"]["vit.layers.1.attention"]
 
 
-@pytest.mark.xfail(strict=True, reason="until the classifier has its class-token tail")
 @pytest.mark.parametrize("removed", [[], [0, 1, 3, 4, 6], [10, 11]])
 def test_macs_with_the_tail_are_the_formula_s(removed):
     config = deit("T", removed_attention_layers=removed)
@@ -167,6 +166,14 @@ def test_macs_with_the_tail_are_the_formula_s(removed):
 def test_a_stock_vit_has_no_tail():
     config = deit("T", ViTConfig)
     assert count_macs(config, class_token_tail=True) == count_macs(config)
+
+
+def test_macs_of_fused_projections():
+    model = small_model(removed_attention_layers=[1])
+    before = {tail: count_macs(model, class_token_tail=tail) for tail in (False, True)}
+    model.fuse_qkv_projections()
+    assert {tail: count_macs(model, class_token_tail=tail) for tail in (False, True)} == before
+    assert model.vit.layers[0].attention.qkv_weight is not None
 
 
 def test_macs_at_another_image_size():
