@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -100,7 +101,7 @@ class Contender:
         """The model, in evaluation mode; random weights where there are no others, the same ones every time."""
         model = self._on_cpu()
         model.set_attn_implementation(ATTENTIONS[attention])
-        model.to(device=device, dtype=dtype)
+        nn.Module.to(model, device=device, dtype=dtype)
         model.eval()
         release()
         return model

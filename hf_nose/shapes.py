@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any
 
 from transformers import PretrainedConfig, ViTConfig
 
@@ -49,8 +50,8 @@ def shape_config(name: str) -> ViTConfig:
     if name not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {name!r}.")
     hidden, heads = SHAPES[name]
-    values = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden, "num_labels": 1000}
-    return ViTConfig(**values)
+    values: dict[str, Any] = {"hidden_size": hidden, "num_attention_heads": heads, "num_labels": 1000}
+    return ViTConfig(intermediate_size=4 * hidden, **values)
 
 
 def shape_name(config: PretrainedConfig) -> str | None:
