@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .contenders import ATTENTIONS, CHUNKED, DTYPES, Contender, contenders, release
+from .contenders import ATTENTIONS, DTYPES, Contender, contenders, release
 from .devices import choose_device
 from .files import read_json, stamped, write_json
 from .memory import check_budget, images_in_budget, parse_bytes, probe
@@ -42,6 +42,7 @@ class BenchmarkOptions:
         memory_budget (`str`, *optional*): a size such as `10GB`; the images that every model fits into it.
         chunk_size_feed_forward (`int`, *optional*): tokens a slice; NoseViTs run whole and in slices.
         chunk_size_attention (`int`, *optional*): images a slice; likewise.
+        fuse_qkv (`bool`, *optional*): q, k and v as one matrix product; likewise.
         threads (`int`, *optional*): of torch on the CPU; as many as it takes by default.
         rounds (`int`, *optional*): timed forwards of each model; 0 measures no time.
         warmup (`int`, *optional*): rounds before.
@@ -61,6 +62,7 @@ class BenchmarkOptions:
     memory_budget: str | None = None
     chunk_size_feed_forward: int = 0
     chunk_size_attention: int = 0
+    fuse_qkv: bool = False
     threads: int | None = None
     rounds: int = 20
     warmup: int = 3
@@ -114,8 +116,8 @@ def run_benchmark(
     device = choose_device(options.device)
     if "flash" in options.attentions and device.type != "cuda":
         raise ValueError(f"attention 'flash' needs a CUDA device, this one is {device.type}.")
-    chunks = options.chunk_size_feed_forward, options.chunk_size_attention
-    shapes = contenders(options.models, options.removed, *chunks)
+    variants = options.chunk_size_feed_forward, options.chunk_size_attention, options.fuse_qkv
+    shapes = contenders(options.models, options.removed, *variants)
     budget = None if options.memory_budget is None else parse_bytes(options.memory_budget)
     if budget is not None:
         for shape, dtype in product(shapes, options.dtypes):
@@ -199,6 +201,8 @@ def measured(
     costs = {contender.name: contender.costs() for contender in group}
     for key in missing:
         say(f"{where}: batch {key['batch_size']}")
+        # Otherwise a second batch size would run on a graph for any size.
+        torch.compiler.reset()
         yield {"section": "groups"} | one_group(key, group, models, costs, options, device)
     del models
     release()
@@ -251,10 +255,9 @@ def one_group(
             speed = speeds[row["name"]]
             share = gemm_share(speed["images_per_s"], row["macs_computed"], entry["gemm"]["macs_per_s"])
             row |= speed | {"verdict": verdict(speed["ratio_interval"]), "gemm_share": share}
-            if row["name"].endswith(CHUNKED):
-                whole = speeds[row["name"].removesuffix(CHUNKED)]
-                pairs = paired_ratios(speed["seconds"], whole["seconds"])
-                row |= {"ratio_to_whole": statistics.median(pairs), "whole_interval": list(median_interval(pairs))}
+            if row["variant_of"] is not None:
+                pairs = paired_ratios(speed["seconds"], speeds[row["variant_of"]]["seconds"])
+                row |= {"ratio_to_plain": statistics.median(pairs), "plain_interval": list(median_interval(pairs))}
     if options.memory:
         for contender, row in zip(group, rows, strict=True):
             where = (device, key["dtype"], key["attention"], torch.get_num_threads())

@@ -41,6 +41,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     add("--memory_budget", help="a size such as 10GB: how many images every model fits into it")
     add("--chunk_size_feed_forward", type=int, default=0, help="tokens a slice of an MLP, beside whole ones")
     add("--chunk_size_attention", type=int, default=0, help="images a slice of an attention layer, beside whole ones")
+    add("--fuse_qkv", action="store_true", help="q, k and v as one matrix product, beside three")
     add("--output_dir", type=Path, help="where JSON, CSV, tables and plot go; continues what stands there")
     add("--overwrite", action="store_true", help="begin anew there")
     add("--json", action="store_true", help="print the record instead of the tables")

@@ -20,6 +20,7 @@ MODEL_COLUMNS = (
     "removed",
     "chunk_size_feed_forward",
     "chunk_size_attention",
+    "fuse_qkv",
     "parameters",
     "macs",
     "macs_computed",
@@ -32,14 +33,14 @@ MODEL_COLUMNS = (
     "ratio_interval",
     "verdict",
     "gemm_share",
-    "ratio_to_whole",
-    "whole_interval",
+    "ratio_to_plain",
+    "plain_interval",
     "peak_bytes",
     "allocated_bytes",
     "reserved_bytes",
 )
 MEMORY_COLUMNS = (
-    *MODEL_COLUMNS[:5],
+    *MODEL_COLUMNS[:6],
     "images",
     *MODEL_COLUMNS[-3:],
     "weights_bytes",
@@ -47,7 +48,7 @@ MEMORY_COLUMNS = (
     "ratio_to_first",
 )
 GROUP_COLUMNS = ("shape", "dtype", "attention", "torch_compile", "batch_size", "rounds", "warmup")
-PAIRS = ("quartiles", "latency_quartiles", "ratio_quartiles", "ratio_interval", "whole_interval")
+PAIRS = ("quartiles", "latency_quartiles", "ratio_quartiles", "ratio_interval", "plain_interval")
 
 
 def groups_csv(record: dict[str, Any]) -> str:
@@ -161,11 +162,13 @@ def _words(entry: dict[str, Any]) -> list[str]:
                 f"{model['ratio_to_first']:.2f}x, {lower:.2f} to {upper:.2f} with 95 % confidence."
             )
     for model in entry["models"]:
-        if "ratio_to_whole" in model:
-            lower, upper = (100 * (1 / bound - 1) for bound in reversed(model["whole_interval"]))
+        if "ratio_to_plain" in model:
+            cost, lower, upper = (
+                100 * (1 / ratio - 1) for ratio in (model["ratio_to_plain"], *reversed(model["plain_interval"]))
+            )
             lines.append(
-                f"{model['name']}: the slices cost {100 * (1 / model['ratio_to_whole'] - 1):.1f} % of time, "
-                f"{lower:.1f} to {upper:.1f} with 95 % confidence, median of {entry['rounds']} pairs."
+                f"{model['name']} takes {abs(cost):.1f} % {'more' if cost >= 0 else 'less'} time than "
+                f"{model['variant_of']}: {lower:+.1f} to {upper:+.1f} % with 95 % confidence, {entry['rounds']} pairs."
             )
     return ["  \n".join(lines)]
 
@@ -184,8 +187,8 @@ def _paper_cells(entry: dict[str, Any], metric: str) -> dict[str, list[str]]:
     dense, cells = published_figures(entry["shape"], 0)[metric], {}
     for model in entry["models"]:
         value = published_figures(entry["shape"], len(model["removed"])).get(metric)
-        # Its dense model is the stock one; slices are ours.
-        is_ours = model["chunk_size_feed_forward"] or model["chunk_size_attention"] or model["kind"] == "checkpoint"
+        # Its dense model is the stock one; variants are ours.
+        is_ours = model["variant_of"] is not None or model["kind"] == "checkpoint"
         if value is not None and not is_ours and (model["kind"] == "stock" or model["removed"]):
             cells[model["name"]] = [f"{value:.0f}", f"{value / dense:.2f}"]
     return cells

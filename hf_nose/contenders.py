@@ -29,8 +29,8 @@ from .surgery import fold
 from .weights import load_classifier
 
 
-# Behind the name of a model that computes in slices.
-CHUNKED = " chunked"
+# Behind the names of models that run once more in slices, or with q, k and v as one matrix product.
+CHUNKED, FUSED = " chunked", " fused"
 ATTENTIONS = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,6 +48,8 @@ class Contender:
         removed (`tuple[int, ...]`, *optional*): attention layers to fold away.
         chunk_size_feed_forward (`int`, *optional*, defaults to 0): tokens a slice of an MLP; 0 is off.
         chunk_size_attention (`int`, *optional*, defaults to 0): images a slice of an attention layer; 0 is off.
+        fuse_qkv (`bool`, *optional*, defaults to `False`): q, k and v as one matrix product.
+        variant_of (`str`, *optional*): the name of the same model without slices or fusion.
     """
 
     name: str
@@ -56,11 +58,8 @@ class Contender:
     removed: tuple[int, ...] = ()
     chunk_size_feed_forward: int = 0
     chunk_size_attention: int = 0
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether an MLP or an attention layer computes in slices."""
-        return bool(self.chunk_size_feed_forward or self.chunk_size_attention)
+    fuse_qkv: bool = False
+    variant_of: str | None = None
 
     def config(self) -> ViTConfig:
         """The configuration of what [`Contender.build`] gives; nothing is built or read but a config.json."""
@@ -100,6 +99,8 @@ class Contender:
     def build(self, device: torch.device, dtype: torch.dtype, attention: str) -> PreTrainedModel:
         """The model, in evaluation mode; random weights where there are no others, the same ones every time."""
         model = self._on_cpu()
+        if isinstance(model, NoseViTForImageClassification) and self.fuse_qkv:
+            model.fuse_qkv_projections()
         model.set_attn_implementation(ATTENTIONS[attention])
         nn.Module.to(model, device=device, dtype=dtype)
         model.eval()
@@ -159,6 +160,7 @@ def contenders(
     removed: Sequence[str] = (),
     chunk_size_feed_forward: int = 0,
     chunk_size_attention: int = 0,
+    fuse_qkv: bool = False,
 ) -> dict[str, list[Contender]]:
     """
     Who runs against whom: models of one dense shape are one group, in which transformers' own ViT comes first and is
@@ -170,6 +172,7 @@ def contenders(
         chunk_size_feed_forward (`int`, *optional*, defaults to 0): see [`Contender`]; where this or the next is
             given, every NoseViT runs in slices and whole.
         chunk_size_attention (`int`, *optional*, defaults to 0): see [`Contender`].
+        fuse_qkv (`bool`, *optional*, defaults to `False`): see [`Contender`]; likewise.
 
     Returns:
         `dict[str, list[Contender]]`: by the shape's name, or that of the first source.
@@ -190,11 +193,16 @@ def contenders(
     for source in sources:
         config = source_config(source)
         key = tuple(str(getattr(config, field)) for field in SHAPE_FIELDS)
-        name, group = groups.setdefault(key, (shape_name(config) or public_name(source), []))
+        _, group = groups.setdefault(key, (shape_name(config) or public_name(source), []))
         for contender in of_source(source, config, removed, is_first=not group):
             group.append(contender)
-            if any(chunks.values()) and contender.kind != "stock":
-                group.append(replace(contender, name=contender.name + CHUNKED, **chunks))
+            if contender.kind == "stock":
+                continue
+            name = contender.name
+            if any(chunks.values()):
+                group.append(replace(contender, name=name + CHUNKED, variant_of=name, **chunks))
+            if fuse_qkv:
+                group.append(replace(contender, name=name + FUSED, variant_of=name, fuse_qkv=True))
     names = [contender.name for _, group in groups.values() for contender in group]
     if len(set(names)) != len(names):
         raise ValueError(f"Two models would have one name: {names}. Give every removal once, and folders names apart.")

@@ -5,6 +5,7 @@ Measures what model_cards/results/speed holds, a command a measurement, and rend
     python scripts/benchmark.py speed      # DeiT-B, batch 16: 40 and 50 % folded and dense against the stock ViT
     python scripts/benchmark.py memory     # DeiT-B: images in a fixed budget, in slices and whole
     python scripts/benchmark.py chunking   # DeiT-B: what the slices cost in time
+    python scripts/benchmark.py fusing     # DeiT-B: what q, k and v as one matrix product gain
     python scripts/benchmark.py table      # DeiT-T/S/B at 0, 25, 40, 50 %: batch 1, 8, 32
     python scripts/benchmark.py published  # float32, eager, batch 128 or 256: beside the paper's columns
     python scripts/benchmark.py gpu        # bfloat16, with and without compiling; images in 10 GB
@@ -21,7 +22,7 @@ from typing import Any
 from hf_nose.benchmark import BenchmarkOptions, run_benchmark
 from hf_nose.benchmark_figures import draw_pareto
 from hf_nose.benchmark_tables import markdown_table, tables, write_tables
-from hf_nose.contenders import contenders
+from hf_nose.contenders import CHUNKED, contenders
 from hf_nose.files import read_json, write_text
 from hf_nose.shapes import SHAPES, published_figures
 
@@ -39,6 +40,7 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
         {**BASE, **CHUNKS, "rounds": 0, "memory_budget": "640MiB", "dtypes": ["bfloat16"]},
     ],
     "chunking": [{"models": ["deit-base"], **CHUNKS, "batch_sizes": ["16"], "rounds": 21}],
+    "fusing": [{**BASE, "fuse_qkv": True, "batch_sizes": ["1", "16"], "rounds": 21}],
     "table": [{"models": list(SHAPES), "removed": SHARES}],
     "published": [
         {**BASE, "batch_sizes": ["128"], "attentions": ["eager"], "rounds": 6},
@@ -133,8 +135,8 @@ def chunking_checks(entry: dict[str, Any]) -> list[tuple[str, bool]]:
     """Whether slices cost little time."""
     found = []
     for model in entry["models"]:
-        if "ratio_to_whole" in model:
-            cost = 1 / model["ratio_to_whole"] - 1
+        if model["name"].endswith(CHUNKED):
+            cost = 1 / model["ratio_to_plain"] - 1
             text = f"{model['name']}: slices cost {100 * cost:.1f} %, at most {100 * CHUNKING_BOUND:.0f} % asked"
             found.append(
                 (f"{text}, {entry['rounds']} pairs", cost <= CHUNKING_BOUND and entry["rounds"] >= LEAST_PAIRS)

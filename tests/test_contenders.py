@@ -61,6 +61,15 @@ def test_every_role_has_the_same_weights(folder):
     assert sliced.build(CPU, torch.float32, "sdpa").config.chunk_size_feed_forward == 5
 
 
+def test_one_product_of_q_k_and_v(folder):
+    stock, _, fused, _, folded = contenders([folder], ["0,2"], fuse_qkv=True)["tiny-vit"]
+    assert (fused.name, fused.variant_of) == ("tiny-vit dense fused", "tiny-vit dense")
+    assert fused.build(CPU, torch.float32, "sdpa").vit.layers[0].attention.qkv_weight is not None
+    torch.testing.assert_close(logits(fused), logits(stock), rtol=1e-4, atol=1e-5)
+    assert folded.fuse_qkv and folded.removed == (0, 2)
+    assert fused.costs() == Contender("plain", folder, "nose").costs()
+
+
 def test_names_groups_and_slices(folder, compressed):
     found = contenders(["deit-tiny", folder, compressed], ["25%", "50%"], 788, 4)
     assert list(found) == ["deit-tiny", "tiny-vit"]
@@ -73,11 +82,11 @@ def test_names_groups_and_slices(folder, compressed):
         "deit-tiny 50%",
         "deit-tiny 50% chunked",
     ]
-    names = [item.name for item in found["tiny-vit"] if not item.is_chunked]
+    names = [item.name for item in found["tiny-vit"] if not item.variant_of]
     assert names == ["tiny-vit stock", "tiny-vit dense", "tiny-vit 25%", "tiny-vit 50%", "tiny-nose"]
     assert found["deit-tiny"][3].removed == (0, 2, 4) and found["tiny-vit"][3].removed == (0,)
     chunks = {
-        (item.chunk_size_feed_forward, item.chunk_size_attention) for item in found["deit-tiny"] if item.is_chunked
+        (item.chunk_size_feed_forward, item.chunk_size_attention) for item in found["deit-tiny"] if item.variant_of
     }
     assert chunks == {(788, 4)} and not found["deit-tiny"][0].is_chunked
 
