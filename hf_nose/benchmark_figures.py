@@ -82,7 +82,9 @@ def _latency_panel(axes: Any, groups: list[dict[str, Any]]) -> None:
     front = [points[index] for index in pareto_front(points)]
     axes.plot(*zip(*front, strict=True), ls="", marker="o", ms=12, mfc="none", mec="#2b2d42", label="not beaten")
     axes.set(xlabel="latency of a forward (ms)", ylabel="images per second", xscale="log")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(speed for _, speed in points))
+    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        formatter("{x:g}")
     axes.grid()
     axes.legend(fontsize=8, loc="lower right")
 
