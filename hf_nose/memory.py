@@ -109,7 +109,9 @@ def answer(
         timeout=PROBE_SECONDS,
     )
     if found.returncode:
-        raise RuntimeError(f"Measuring the memory of {contender.name} failed: {found.stderr.strip()[-500:]}")
+        # Killed by the system, it says nothing.
+        reason = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]
+        raise RuntimeError(f"Measuring the memory of {contender.name} failed: {reason[0]}")
     return json.loads(found.stdout.splitlines()[-1])
 
 
