@@ -107,8 +107,9 @@ def tables(record: dict[str, Any]) -> str:
 
 
 def _group(entry: dict[str, Any]) -> str:
-    models, paper = entry["models"], _published(entry)
+    models = entry["models"]
     is_timed, has_memory = "images_per_s" in models[0], "peak_bytes" in models[0]
+    paper = _published(entry) if is_timed else {}
     header = ["model", "M params", "GMACs as published", "GMACs computed"]
     header += ["ms", "images/s (quartiles)", "x stock (95 %)", "", "of GEMM rate"] if is_timed else []
     header += ["peak MiB", "allocated", "reserved"] if has_memory else []
@@ -139,7 +140,7 @@ def _group(entry: dict[str, Any]) -> str:
 def _speed_cells(model: dict[str, Any]) -> list[str]:
     lower, upper = model["ratio_interval"]
     return [
-        f"{1e3 * model['latency_s']:.4g}",
+        _milliseconds(model["latency_s"]),
         f"{rate(model['images_per_s'])} ({' to '.join(map(rate, model['quartiles']))})",
         f"{model['ratio_to_first']:.2f} ({lower:.2f} to {upper:.2f})",
         model["verdict"] if model["kind"] != "stock" else "",
@@ -213,6 +214,10 @@ def _budget(entry: dict[str, Any]) -> str:
     budget = _mebibytes(entry["budget_bytes"])
     title = f"**{entry['shape']}, {entry['dtype']}, {entry['attention']}: images in {budget} MiB**"
     return "\n".join([title, "", *markdown_table(header, rows)])
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds >= 1 else f"{1e3 * seconds:.3g}"
 
 
 def rate(images_per_s: float) -> str:

@@ -88,7 +88,7 @@ def test_names_groups_and_slices(folder, compressed):
     chunks = {
         (item.chunk_size_feed_forward, item.chunk_size_attention) for item in found["deit-tiny"] if item.variant_of
     }
-    assert chunks == {(788, 4)} and not found["deit-tiny"][0].is_chunked
+    assert chunks == {(788, 4)} and found["deit-tiny"][0].variant_of is None
 
 
 def test_a_compressed_model_meets_a_dense_one_of_its_shape(compressed):
