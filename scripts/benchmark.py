@@ -16,6 +16,7 @@ An idle machine, please. What a file already holds is not measured again; any op
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         for text, is_kept in checks:
             print(f"{'kept' if is_kept else 'MISSED'}: {text}")
         kept = all(is_kept for _, is_kept in checks)
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "README.md", readme(folder))
     return 0 if kept else 1
 
@@ -189,6 +191,7 @@ def caveats(records: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+@cache
 def costs() -> list[str]:
     """Parameters and MACs of the shapes, counted on the meta device, the paper's beside them."""
     rows = []
