@@ -184,7 +184,7 @@ def caveats(records: list[dict[str, Any]]) -> list[str]:
         "compiling is not counted.",
         "The paper's columns come from other machines and another code; they are shown, not compared.",
         "The rate of matrix products is the best of a few sizes. A share of it counts the MACs that are computed, not "
-        "softmax, activations or sums, so none can reach it.",
+        "softmax, activations or sums.",
         "Memory on a CPU is what the system counts as resident above the empty process, so it moves a little between "
         "runs; on a GPU it is that of torch's allocator, without the driver's context.",
         "Speed on a CPU depends on what else runs; the quartiles show how much.",
