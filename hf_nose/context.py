@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, Generic, Literal, overload
 
 import datasets
-import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
@@ -20,6 +19,7 @@ from .augmentation import BatchAugmentation, normalisation
 from .calibration import CalibrationSet, calibration_batches
 from .crops import RandomResizedCrop
 from .data import ImageData, load_image_data
+from .devices import choose_device
 from .distillation import Distiller
 from .files import put_back, read_json, whole_folder, write_json
 from .images import ImageDataset, load_processor
@@ -243,13 +243,3 @@ class RunContext(Job[Settings]):
             settings.seed,
             num_labels,
         )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a run; `ValueError` for one that is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(device for device in ("cuda", "mps", "cpu") if there[device]))
-    if not there[name]:
-        raise ValueError(f"device {name!r} is not there; found {[device for device in there if there[device]]}.")
-    return torch.device(name)

@@ -6,8 +6,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .context import choose_device
 from .data import load_image_data
+from .devices import choose_device
 from .images import ImageBatches, ImageDataset, load_processor
 from .launch import check_launch
 from .metrics import evaluate_model

@@ -1,13 +1,12 @@
-"""What a model costs: its parameters, its multiply-accumulates, and its images per second beside another model's."""
+"""What a model costs: its parameters and its multiply-accumulates; what it was measured on."""
 
 from __future__ import annotations
 
 import copy
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ from transformers import AutoModelForImageClassification, PretrainedConfig
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from .attention_nose_vit import NoseViTAttention
-
-
-LAYER_NORM_MACS_PER_ELEMENT = 5
+from .shapes import LAYER_NORM_MACS_PER_ELEMENT
 
 
 def count_parameters(model: nn.Module, only_trainable: bool = False) -> int:
@@ -37,7 +34,9 @@ def trainable_line(model: nn.Module) -> str:
 
 
 def count_macs(
-    config_or_model: PretrainedConfig | nn.Module, image_size: int | tuple[int, int] | None = None
+    config_or_model: PretrainedConfig | nn.Module,
+    image_size: int | tuple[int, int] | None = None,
+    class_token_tail: bool = False,
 ) -> dict[str, Any]:
     """
     Multiply-accumulates of one image (METHOD: per block 4 N d^2 + 2 N^2 d for the attention and 8 N d^2 for the MLP,
@@ -52,6 +51,10 @@ def count_macs(
             The configuration of an image classifier, or a model that takes `pixel_values` and has a `config`.
         image_size (`int` or `tuple[int, int]`, *optional*):
             Height and width in pixels; the config's by default. Another size interpolates the position embeddings.
+        class_token_tail (`bool`, *optional*, defaults to `False`):
+            Count what the model computes when it is asked for nothing but logits: a classifier that drops all but
+            the class token behind its last attention has fewer. By default every token is carried to the end, as
+            the published figures have it: the hidden states are asked for.
 
     Returns:
         `dict`: `total` (`int`) and `by_module` (the `int` of every module that has any, by its qualified name; the two
@@ -89,7 +92,9 @@ def count_macs(
             "Give a Vision Transformer."
         )
     pixel_values = torch.empty(1, config.num_channels, *size, device="meta")
-    more = {} if size == own_size else {"interpolate_pos_encoding": True}
+    # Who asks for hidden states gets all tokens.
+    more = {} if class_token_tail else {"output_hidden_states": True}
+    more |= {} if size == own_size else {"interpolate_pos_encoding": True}
     try:
         with torch.no_grad():
             model(pixel_values=pixel_values, **more)
@@ -140,94 +145,6 @@ def _attention_hooks(name: str, attention: ViTAttention, macs: dict[str, int]) -
     return [attention.q_proj.register_forward_hook(remember), attention.k_proj.register_forward_hook(add)]
 
 
-def compare_throughput(
-    models: Mapping[str, nn.Module], batch: torch.Tensor, rounds: int = 20, warmup: int = 3
-) -> dict[str, dict[str, Any]]:
-    """
-    Images per second of several models side by side in one process, interleaved: every round runs each model once, in
-    the order given (A B A B ...), so that a machine that slows down slows them all. Inference as it is used: `eval`,
-    no gradients, the whole forward from pixels to logits. Each model's mode is put back.
-
-    Device events time a CUDA device, the process's clock everything else, after the device has finished.
-
-    Args:
-        models (`dict[str, nn.Module]`):
-            The models by name, on the device of `batch`; the first is the one that the others are compared with.
-        batch (`torch.Tensor` of shape `(batch, channels, height, width)`):
-            The images, in the models' dtype.
-        rounds (`int`, *optional*, defaults to 20):
-            Timed forwards of each model, at least 2.
-        warmup (`int`, *optional*, defaults to 3):
-            Rounds before those, not timed.
-
-    Returns:
-        `dict`: for every name `images_per_s` (the median over rounds), `quartiles` (the lower and the upper), and
-        `ratio_to_first`, the median over rounds of its images per second divided by the first model's in the same
-        round; above 1 is faster.
-
-    Raises:
-        ValueError: for no models, fewer than 2 rounds or a negative number of warm-up rounds.
-    """
-    if not models:
-        raise ValueError("models must hold at least one model, got none. Give {'dense': model, ...}.")
-    if rounds < 2:
-        raise ValueError(f"rounds must be at least 2 for quartiles, got {rounds}.")
-    if warmup < 0:
-        raise ValueError(f"warmup must be 0 or more, got {warmup}.")
-    timed = _cuda_seconds if batch.device.type == "cuda" else _clock_seconds
-    modes = {name: model.training for name, model in models.items()}
-    rates: dict[str, list[float]] = {name: [] for name in models}
-    try:
-        for model in models.values():
-            model.eval()
-        with torch.inference_mode():
-            for step in range(warmup + rounds):
-                for name, model in models.items():
-                    seconds = timed(model, batch)
-                    if step >= warmup:
-                        rates[name].append(len(batch) / seconds)
-    finally:
-        for name, model in models.items():
-            model.train(modes[name])
-
-    first = rates[next(iter(models))]
-    results = {}
-    for name, values in rates.items():
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-        ratios = [rate / first_rate for rate, first_rate in zip(values, first, strict=True)]
-        results[name] = {
-            "images_per_s": median,
-            "quartiles": [lower, upper],
-            "ratio_to_first": statistics.median(ratios),
-        }
-    return results
-
-
-def _cuda_seconds(model: nn.Module, batch: torch.Tensor) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    stream = torch.cuda.current_stream(batch.device)
-    torch.cuda.synchronize(batch.device)
-    start.record(stream)
-    model(batch)
-    end.record(stream)
-    torch.cuda.synchronize(batch.device)
-    return start.elapsed_time(end) / 1000.0
-
-
-def _clock_seconds(model: nn.Module, batch: torch.Tensor) -> float:
-    _finish(batch.device)
-    start = time.perf_counter()
-    model(batch)
-    _finish(batch.device)
-    return time.perf_counter() - start
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for a device that computes beside the process."""
-    if device.type == "mps":
-        torch.mps.synchronize()
-
-
 def hardware(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """
     What a number was measured on, for the record beside it. Holds no host name, user name or path.
@@ -252,6 +169,12 @@ def hardware(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
         "dtype": str(dtype).removeprefix("torch."),
         "float32_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def hardware_slug(hardware: dict[str, Any]) -> str:
+    """What the files of a machine's results are called: the GPU, or the processor and the threads of torch."""
+    name = hardware["accelerator"] or f"{hardware['processor']} {hardware['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _processor() -> str:

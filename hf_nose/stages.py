@@ -17,12 +17,13 @@ from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
 from .plan import check_teacher, dense_model, distillation_options, planned_layers
-from .profiling import compare_throughput, count_macs, count_parameters, hardware, trainable_line
+from .profiling import count_macs, count_parameters, hardware, trainable_line
 from .progress import Progress
 from .records import EMBEDDED, public_id
 from .report import write_report
 from .selection import Selection, num_passes, random_sets, select_attention_layers
 from .surgery import fold
+from .timing import compare_throughput
 from .weights import load_classifier
 
 

@@ -1,11 +1,10 @@
-"""Parameters and MACs against METHOD's formulas; speed side by side."""
+"""Parameters and MACs against METHOD's formulas; what a number was measured on."""
 
 import csv
 import getpass
 import os
 import platform
 import socket
-import time
 from importlib import resources
 
 import pytest
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_nose import NoseViTConfig, NoseViTForImageClassification, profiling
-from hf_nose.profiling import compare_throughput, count_macs, count_parameters, hardware
+from hf_nose import NoseViTConfig, NoseViTForImageClassification
+from hf_nose.profiling import count_macs, count_parameters, hardware
+from hf_nose.shapes import formula_macs
 
 
 HIDDEN_AND_HEADS = {"T": (192, 3), "S": (384, 6), "B": (768, 12)}
@@ -140,6 +140,45 @@ def test_macs_do_not_depend_on_chunks_or_attention_implementation():
     assert count_macs(small_model(attn_implementation="eager"))["total"] == dense
 
 
+class ClassTokenOnly(NoseViTForImageClassification):
+    """Carries nothing but the class token through its last block, unless hidden states are asked for."""
+
+    def forward(self, pixel_values, output_hidden_states=False):
+        tokens = self.vit.embeddings(pixel_values)
+        for block in self.vit.layers:
+            is_tail = block.layer == 2 and not output_hidden_states
+            tokens = block(tokens[:, :1] if is_tail else tokens)
+        return self.classifier(self.vit.layernorm(tokens)[:, 0])
+
+
+def test_macs_as_published_and_as_computed():
+    model = ClassTokenOnly(small_model(removed_attention_layers=[2]).config)
+    published, computed = count_macs(model), count_macs(model, class_token_tail=True)
+    assert published == count_macs(small_model(removed_attention_layers=[2]))
+    # 16 of 17 tokens of width 16 less, in an MLP of width 32 and two LayerNorms.
+    assert published["total"] - computed["total"] == 16 * (2 * 16 * 32 + 2 * 5 * 16)
+    assert computed["by_module"]["vit.layers.1.attention"] == published["by_module"]["vit.layers.1.attention"]
+
+
+@pytest.mark.parametrize("removed", [[], [0, 1, 3, 4, 6], [10, 11]])
+def test_macs_with_the_tail_are_the_formula_s(removed):
+    config = deit("T", removed_attention_layers=removed)
+    assert count_macs(config, class_token_tail=True)["total"] == formula_macs(config, class_token_tail=True)
+
+
+def test_a_stock_vit_has_no_tail():
+    config = deit("T", ViTConfig)
+    assert count_macs(config, class_token_tail=True) == count_macs(config)
+
+
+def test_macs_of_fused_projections():
+    model = small_model(removed_attention_layers=[1])
+    before = {tail: count_macs(model, class_token_tail=tail) for tail in (False, True)}
+    model.fuse_qkv_projections()
+    assert {tail: count_macs(model, class_token_tail=tail) for tail in (False, True)} == before
+    assert model.vit.layers[0].attention.qkv_weight is not None
+
+
 def test_macs_at_another_image_size():
     small, large = count_macs(small_model())["by_module"], count_macs(small_model(), image_size=(8, 16))["by_module"]
     assert small["vit.layers.0.attention"] == 2 * 17**2 * 16
@@ -166,83 +205,6 @@ def test_macs_refuse_a_model_with_nothing_to_count():
 
     with pytest.raises(ValueError, match="config_or_model: Empty has no Linear"):
         count_macs(Empty())
-
-
-class Timed(nn.Module):
-    """Sleeps as long as it is told and writes down when it was called, in which state."""
-
-    def __init__(self, name, seconds, calls):
-        super().__init__()
-        self.name, self.seconds, self.calls = name, seconds, calls
-
-    def forward(self, pixel_values):
-        self.calls.append((self.name, self.training, torch.is_inference_mode_enabled(), tuple(pixel_values.shape)))
-        time.sleep(self.seconds)
-
-
-def test_throughput_interleaves_and_restores_the_modes():
-    calls = []
-    models = {name: Timed(name, 0.0, calls) for name in "AB"}
-    models["B"].eval()
-    compare_throughput(models, torch.zeros(4, 3, 8, 8), rounds=3, warmup=2)
-    assert [name for name, *_ in calls] == ["A", "B"] * 5
-    assert {call[1:] for call in calls} == {(False, True, (4, 3, 8, 8))}
-    assert (models["A"].training, models["B"].training) == (True, False)
-
-
-def test_throughput_reports_an_injected_sleep():
-    models = {"A": Timed("A", 0.02, []), "B": Timed("B", 0.06, [])}
-    results = compare_throughput(models, torch.zeros(8, 3, 8, 8), rounds=7, warmup=1)
-    assert list(results) == ["A", "B"]
-    # A sleep may last longer than asked, by little and never shorter.
-    assert 0.75 * 400 < results["A"]["images_per_s"] <= 400
-    assert 0.75 * 133 < results["B"]["images_per_s"] <= 134
-    assert results["A"]["ratio_to_first"] == 1.0
-    assert results["B"]["ratio_to_first"] == pytest.approx(1 / 3, rel=0.2)
-    for result in results.values():
-        lower, upper = result["quartiles"]
-        assert lower <= result["images_per_s"] <= upper
-
-
-def test_throughput_statistics(monkeypatch):
-    seconds = iter([1.0, 2.0, 2.0, 1.0, 4.0, 8.0, 1.0, 1.0])
-    monkeypatch.setattr(profiling, "_clock_seconds", lambda model, batch: next(seconds))
-    results = compare_throughput({"A": nn.Identity(), "B": nn.Identity()}, torch.zeros(8, 3, 2, 2), rounds=3, warmup=1)
-    # The warm-up round (1.0, 2.0) is not counted: rates A 4, 2, 8 and B 8, 1, 8; ratios 2, 0.5, 1.
-    assert results["A"] == {"images_per_s": 4.0, "quartiles": [3.0, 6.0], "ratio_to_first": 1.0}
-    assert results["B"] == {"images_per_s": 8.0, "quartiles": [4.5, 8.0], "ratio_to_first": 1.0}
-
-
-def test_throughput_restores_the_modes_after_a_failure():
-    class Broken(nn.Module):
-        def forward(self, pixel_values):
-            raise RuntimeError("broken")
-
-    models = {"A": nn.Identity(), "B": Broken()}
-    with pytest.raises(RuntimeError, match="broken"):
-        compare_throughput(models, torch.zeros(1, 3, 2, 2))
-    assert all(model.training for model in models.values())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"models": {}}, "models must hold at least one"),
-        ({"rounds": 1}, "rounds must be at least 2"),
-        ({"warmup": -1}, "warmup must be 0 or more"),
-    ],
-)
-def test_throughput_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        compare_throughput(**{"models": {"A": nn.Identity()}, "batch": torch.zeros(1, 3, 2, 2), **arguments})
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_throughput_on_cuda():
-    model = small_model().cuda()
-    results = compare_throughput({"A": model, "B": model}, torch.zeros(8, 3, 8, 8, device="cuda"))
-    assert results["B"]["ratio_to_first"] == pytest.approx(1.0, abs=0.3)
-    assert hardware("cuda")["accelerator"] == torch.cuda.get_device_name()
 
 
 def test_hardware_tells_the_machine_but_not_whose_it_is():
