@@ -117,7 +117,7 @@ class SetScorer:
             self.dense = found[base]
             self.num_images = self.dense.num_images
         # Scored from the base's own evidence, so the empty set needs no pass of its own.
-        scores = {layers: self.score_of(evidence) for layers, evidence in found.items()}
+        scores = {layers: self.score_of(evidence, self.dense) for layers, evidence in found.items()}
         return scores[base], {layer: scores[extend(base, layer)] for layer in candidates}
 
     def contributions(
@@ -135,10 +135,9 @@ class SetScorer:
 
         return self._gather(*self._pass(base, candidates, {layers: empty() for layers in sets}, numbers), empty)
 
-    def score_of(self, found: Evidence) -> Score:
-        """The score of what a set left, against the dense model."""
-        assert self.dense is not None
-        value = self.criterion.score(self.dense, found)
+    def score_of(self, found: Evidence, dense: Evidence) -> Score:
+        """The score of what a set left, against what the dense model did."""
+        value = self.criterion.score(dense, found)
         return Score(value, self.criterion.cost(value, self.sign))
 
     @torch.no_grad()
@@ -168,9 +167,7 @@ class SetScorer:
         wants_logits = self.criterion.needs_logits or self.target != "features"
         return self.model(pixel_values) if wants_logits else self.vit(pixel_values)
 
-    def _see(
-        self, found: dict[LayerSet, Found], batch: Batch, index: int, layers: LayerSet, outputs: Any
-    ) -> None:
+    def _see(self, found: dict[LayerSet, Found], batch: Batch, index: int, layers: LayerSet, outputs: Any) -> None:
         """Adds what one forward of the `index`-th batch gave."""
         found[layers].num_images += len(batch["pixel_values"])
         if not self.criterion.needs_logits:
