@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .contributions import Contributions
+from .criteria import Criterion
 from .prefixes import extend
 from .scoring import Score, SetScorer
 
@@ -37,18 +38,11 @@ class Race:
     """
 
     def __init__(self, scorer: SetScorer, confidence: float, num_layers: int):
-        criterion, batches = scorer.criterion, scorer.batches
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must be in (0, 1), got {confidence}.")
-        if criterion.image_sum is None and criterion.name != "transfer_entropy":
-            raise ValueError(
-                f"criterion {criterion.name!r} cannot be raced: it is no entropy and no mean over images, so no "
-                "interval is known. Use transfer_entropy, prediction_kl, loss or accuracy, or search='greedy'."
-            )
-        if not isinstance(batches, Sequence):
+        check_race(scorer.criterion, confidence)
+        if not isinstance(scorer.batches, Sequence):
             raise ValueError("batches must be a sequence for search='racing', which takes them in parts.")
         self.scorer, self.confidence, self.num_layers = scorer, confidence, num_layers
-        self.stops = stops(len(batches), scorer.world_size)
+        self.stops = stops(len(scorer.batches), scorer.world_size)
         self.dense: list[Contributions] = []
 
     def round(self, picked: list[int], candidates: list[int]) -> dict[str, Any]:
@@ -137,6 +131,17 @@ def race(scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str,
     scorer.dense = contest.dense_until(len(contest.dense)).evidence()
     scorer.num_images = scorer.dense.num_images
     return picked, trace
+
+
+def check_race(criterion: Criterion, confidence: float) -> None:
+    """Refuses, by name, a criterion without known intervals, and a confidence out of range."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}.")
+    if criterion.image_sum is None and criterion.name != "transfer_entropy":
+        raise ValueError(
+            f"criterion {criterion.name!r} cannot be raced: it is no entropy and no mean over images, so no interval "
+            "is known. Use transfer_entropy, prediction_kl, loss or accuracy, or search='greedy'."
+        )
 
 
 def stops(num_batches: int, world_size: int) -> list[int]:

@@ -24,8 +24,8 @@ class Selection:
     The layers picked and how: `layers` in the order picked, and `trace`, one dict a round with the raw value of every
     candidate (`{"picked": 3, "scores": {0: -58.4, ...}}`, the paper's Fig. 4). Rounds of a search over whole sets
     hold `picked` as a list and sets as keys: `{"picked": [1, 3], "scores": {"1,3": 12.9, ...}}`. Rounds of a race
-    hold, beside the scores, on how many `images` each rests, and the `margins`, in standard errors, by which those that
-    dropped out were beaten; `confidence` is that of the race as a whole. `precision` tells what bfloat16 changed.
+    hold, beside the scores, the `images` that each rests on and the `margins`, in standard errors, by which those were
+    beaten that dropped out; `confidence` is that of the race as a whole. `precision` tells what bfloat16 changed.
     """
 
     layers: list[int]
