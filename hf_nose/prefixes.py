@@ -139,7 +139,8 @@ class MaskedForwards:
             rows = slice(place * images, (place + 1) * images)
             see(layers, type(outputs)(**{name: value[rows] for name, value in outputs.items()}))
             if is_kept:
-                paths[layers] = [*prefix, *(state[rows] for state in inputs[len(prefix) - first :])]
+                # Copies: the picked one's states must not keep those of all the others alive.
+                paths[layers] = [*prefix, *(state[rows].clone() for state in inputs[len(prefix) - first :])]
         return paths
 
     def _run_from(
