@@ -22,6 +22,10 @@ class Evidence:
     loss: float = 0.0
     correct: int = 0
 
+    def see_target(self, target: torch.Tensor) -> None:
+        """Adds the target's values, (samples, channels)."""
+        self.moments.update(target)
+
     def merge(self, other: "Evidence") -> "Evidence":
         """Adds what `other` saw. Returns self."""
         self.moments.merge(other.moments)
@@ -38,14 +42,26 @@ class Evidence:
         Adds predictions of shape (images, classes): against `labels` (images,) the summed cross-entropy in nats and
         the hits, against `dense_logits` (images, classes) the summed KL(dense || masked) in nats.
         """
-        logits = in_float64(logits)
-        if labels is not None:
-            labels = labels.to(logits.device)
-            self.loss += float(cross_entropy(logits, labels, reduction="sum"))
-            self.correct += int((logits.argmax(-1) == labels).sum())
-        if dense_logits is not None:
-            dense, masked = log_softmax(in_float64(dense_logits), -1), log_softmax(logits, -1)
-            self.prediction_kl += float(kl_div(masked, dense, reduction="sum", log_target=True))
+        for name, values in prediction_values(logits, labels, dense_logits).items():
+            setattr(self, name, getattr(self, name) + values.sum().item())
+
+
+def prediction_values(
+    logits: torch.Tensor, labels: torch.Tensor | None, dense_logits: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """
+    What each image adds to an [`Evidence`], (images,): `loss` and `correct` against `labels` (images,), and
+    `prediction_kl` against `dense_logits` (images, classes), from `logits` (images, classes).
+    """
+    logits, values = in_float64(logits), {}
+    if labels is not None:
+        labels = labels.to(logits.device)
+        values["loss"] = cross_entropy(logits, labels, reduction="none")
+        values["correct"] = (logits.argmax(-1) == labels).long()
+    if dense_logits is not None:
+        dense, masked = log_softmax(in_float64(dense_logits), -1), log_softmax(logits, -1)
+        values["prediction_kl"] = kl_div(masked, dense, reduction="none", log_target=True).sum(-1)
+    return values
 
 
 def transfer_entropy(dense: Evidence, masked: Evidence) -> float:
@@ -82,7 +98,10 @@ def accuracy(dense: Evidence, masked: Evidence) -> float:
 
 @dataclass(frozen=True)
 class Criterion:
-    """A score of (dense, masked) evidence, what it needs to be measured, and which end of it is best."""
+    """
+    A score of (dense, masked) evidence, what it needs to be measured, and which end of it is best. `image_sum` is the
+    field of the masked evidence of which it is the mean over images, where it is one.
+    """
 
     name: str
     score: Callable[[Evidence, Evidence], float]
@@ -90,6 +109,7 @@ class Criterion:
     needs_logits: bool = False
     is_signed: bool = False
     higher_is_better: bool = False
+    image_sum: str | None = None
 
     def cost(self, value: float, sign: str) -> float:
         """What the search minimises: |TE|, or the value itself with `sign="signed"`; accuracy is turned round."""
@@ -104,8 +124,10 @@ CRITERIA = {
         Criterion("transfer_entropy", transfer_entropy, is_signed=True),
         Criterion("channelwise", channelwise),
         Criterion("gaussian_kl", gaussian_kl),
-        Criterion("prediction_kl", prediction_kl, needs_logits=True),
-        Criterion("loss", loss, needs_logits=True, needs_labels=True),
-        Criterion("accuracy", accuracy, needs_logits=True, needs_labels=True, higher_is_better=True),
+        Criterion("prediction_kl", prediction_kl, needs_logits=True, image_sum="prediction_kl"),
+        Criterion("loss", loss, needs_logits=True, needs_labels=True, image_sum="loss"),
+        Criterion(
+            "accuracy", accuracy, needs_logits=True, needs_labels=True, higher_is_better=True, image_sum="correct"
+        ),
     )
 }

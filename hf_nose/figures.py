@@ -145,9 +145,9 @@ def trajectory_boxes(trace: list[dict[str, Any]]) -> tuple[list[tuple[int, int]]
 
 
 def trajectory_figure(records: Records) -> Figure | None:
-    """The trajectory of a greedy search (Fig. 4): a row a round, a column a block, the choice in red."""
+    """The trajectory of a greedy or racing search (Fig. 4): a row a round, a column a block, the choice in red."""
     selection = records.get("selection")
-    if selection is None or selection["search"] != "greedy" or not selection["trace"]:
+    if selection is None or selection["search"] not in ("greedy", "racing") or not selection["trace"]:
         return None
     trace = selection["trace"]
     num_layers = 1 + max(int(layer) for layer in trace[0]["scores"])

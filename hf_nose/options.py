@@ -80,6 +80,12 @@ class RemovalOptions(JobOptions):
     search: str = option("greedy", "How sets are searched.", choices=tuple(SEARCHES))
     beam_width: int = option(3, "Sets the beam search keeps.")
     num_draws: int = option(1, "Sets the random search draws and scores; the first is taken.")
+    confidence: float = option(0.99, "Confidence of the racing search that it picks what the greedy one would.")
+    search_bf16: bool = option(False, "Score in bfloat16; what that changes is measured on the first batch.")
+    stack_candidates: bool = option(False, "Score candidates as one growing batch: for a GPU that one does not fill.")
+    state_cache_gib: float = option(
+        1.0, "Block inputs kept on the device between rounds of the search, up to so many GiB."
+    )
     mask: str = option("skip", "Masked attention leaves x ('skip') or 2x ('double').", choices=tuple(MASK_GAINS))
     sign: str = option("absolute", "Minimise |TE| or the signed TE.", choices=SIGNS)
     target: str = option("logits", "Whose entropy counts.", choices=("logits", "features"))
@@ -250,5 +256,8 @@ POSITIVE = (
 NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
 OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
-NO_RESULT = ("device", "cache_gib", "num_workers", "prefetch_factor", "save_steps", "logging_steps", "report_to")
+NO_RESULT = (
+    *("device", "cache_gib", "state_cache_gib", "num_workers", "prefetch_factor"),
+    *("save_steps", "logging_steps", "report_to"),
+)
 Options = TypeVar("Options", bound=TrainingOptions)

@@ -33,14 +33,16 @@ def place(rank: int | None = None, world_size: int | None = None) -> tuple[int, 
     return rank, world_size
 
 
-def deal(batches: Batches, rank: int, world_size: int) -> Iterator[tuple[int, Batch]]:
+def deal(batches: Batches, rank: int, world_size: int, numbers: range | None = None) -> Iterator[tuple[int, Batch]]:
     """
-    The batches of one rank with their numbers: whole ones, dealt in turn, so none is padded and every forward sees the
-    batch size it would in one process. Of a sequence a rank builds only its own.
+    The batches of one rank with their numbers, or those in `numbers`: whole ones, dealt in turn, so none is padded and
+    every forward sees the batch size it would in one process. Of a sequence a rank builds only its own.
     """
     if isinstance(batches, Sequence):
-        return ((number, batches[number]) for number in range(rank, len(batches), world_size))
-    return islice(enumerate(batches), rank, None, world_size)
+        own = range(rank, len(batches), world_size)
+        return ((number, batches[number]) for number in own if numbers is None or number in numbers)
+    dealt = islice(enumerate(batches), rank, None, world_size)
+    return ((number, batch) for number, batch in dealt if numbers is None or number in numbers)
 
 
 def merge_across_processes(

@@ -201,7 +201,20 @@ def _search(records: Records) -> list[str]:
         f"{calibration['num_images']} calibration images (SHA-256 `{calibration['sha256']}`), "
         f"{selection['block_forwards']} block forwards, {selection['seconds']:.1f} s, "
         f"{selection['num_processes']} process{'es' if selection['num_processes'] > 1 else ''}.",
+        *_certainty(selection),
     ]
+
+
+def _certainty(selection: dict[str, Any]) -> list[str]:
+    """How sure a race is of its layers, and what bfloat16 changed, where there was either."""
+    lines = []
+    if selection["search"] == "racing":
+        sure = f"{selection['confidence']:.4g} confidence or more"
+        lines.append(f"A race: with {sure} these are the layers that the greedy search on all images would pick.")
+    if checked := selection.get("precision"):
+        sets = f"{checked['num_sets']} sets on {checked['num_images']} images"
+        lines.append(f"In {checked['dtype']}, {sets} score up to {checked['largest_difference']:.3g} off float32.")
+    return lines
 
 
 def _training(records: Records) -> list[str]:

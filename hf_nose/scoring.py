@@ -1,25 +1,27 @@
 """Score a set of attention layers: run the model with them masked and compare with the model as it is.
 
-Masking layer i changes nothing before block i. So one pass under the current set yields every block's input, and each
-candidate recomputes only from its own block on (the prefix cache). The results are those of the naive search.
+One pass under the current set yields every block's input; each candidate recomputes only from its own block on (the
+prefix cache). The results are those of the naive search; what may change their last digits is an option.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from .contributions import Contributions
 from .criteria import CRITERIA, SIGNS, Evidence
 from .entropy import evaluating
 from .modeling_nose_vit import MASK_GAINS, nose_vit
-from .processes import Batches, deal, merge_across_processes, place
+from .prefixes import LayerSet, MaskedForwards, extend
+from .processes import Batch, Batches, deal, merge_across_processes, place
 
 
 Target = str | Callable[[Any], torch.Tensor]
-LayerSet = tuple[int, ...]
+Found = TypeVar("Found", Evidence, Contributions)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class SetScorer:
         sign (`str`): `"absolute"` minimises |TE|, `"signed"` TE itself.
         target (`str` or callable): whose entropy counts: `"logits"`, `"features"` (the class token after the last
             norm), or a function from the model's outputs to (samples, channels).
+        stack_candidates (`bool`, *optional*, defaults to `False`): run the candidates as one growing batch, for a GPU
+            that a single batch does not fill; rounding differs.
+        state_cache_gib (`float`, *optional*, defaults to 0): block inputs of up to so many GiB are kept on the model's
+            device from one round of a greedy search to the next, which then costs the blocks behind the last choice.
+        bf16 (`bool`, *optional*, defaults to `False`): forwards under bfloat16 autocast; `precision` tells the error.
         rank, world_size (`int`, *optional*): which of several processes this is; as accelerate says by default.
 
     Raises:
@@ -58,6 +65,9 @@ class SetScorer:
         mask: str = "skip",
         sign: str = "absolute",
         target: Target = "logits",
+        stack_candidates: bool = False,
+        state_cache_gib: float = 0.0,
+        bf16: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ):
@@ -73,10 +83,19 @@ class SetScorer:
         self.model, self.vit, self.batches = model, nose_vit(model), batches
         self.criterion, self.mask, self.sign, self.target = CRITERIA[criterion], mask, sign, target
         self.rank, self.world_size = place(rank, world_size)
-        self.block_forwards = 0
+        if not 0 <= state_cache_gib < float("inf"):
+            raise ValueError(f"state_cache_gib must be 0 or more, got {state_cache_gib}.")
+        self.bf16 = bf16
+        self.forwards = MaskedForwards(self.vit, self._outputs, mask, stack_candidates, int(state_cache_gib * 2**30))
         self.num_images = 0
         self.dense: Evidence | None = None
-        self._dense_logits: list[torch.Tensor] = []
+        self._found: dict[LayerSet, Evidence] = {}
+        self._dense_logits: dict[int, torch.Tensor] = {}
+
+    @property
+    def block_forwards(self) -> int:
+        """Blocks that this process ran, times the batches that it ran each of them on."""
+        return self.forwards.block_forwards
 
     def score(self, layers: Iterable[int]) -> Score:
         """The score of one set."""
@@ -87,70 +106,86 @@ class SetScorer:
         base = tuple(sorted(base))
         if self.dense is None and base:
             self.expand((), [])
-        evidence = self._gather(*self._pass(base, candidates))
+        sets = [base, *(extend(base, layer) for layer in candidates)]
+        # A round's base is what the round before picked: it has been seen.
+        found = {layers: self._found[layers] for layers in sets[:1] if layers in self._found}
+        wanted = {layers: Evidence() for layers in sets if layers not in found}
+        if wanted:
+            found |= self._gather(*self._pass(base, candidates, wanted), Evidence)
+        self._found = found
         if self.dense is None:
-            self.dense = evidence[base]
+            self.dense = found[base]
             self.num_images = self.dense.num_images
         # Scored from the base's own evidence, so the empty set needs no pass of its own.
-        scores = {layers: self._score(found) for layers, found in evidence.items()}
-        return scores[base], {layer: scores[tuple(sorted((*base, layer)))] for layer in candidates}
+        scores = {layers: self.score_of(evidence, self.dense) for layers, evidence in found.items()}
+        return scores[base], {layer: scores[extend(base, layer)] for layer in candidates}
 
-    def _score(self, found: Evidence) -> Score:
-        assert self.dense is not None
-        value = self.criterion.score(self.dense, found)
+    def contributions(
+        self, base: Iterable[int], candidates: Sequence[int], numbers: range
+    ) -> dict[LayerSet, Contributions]:
+        """
+        What the batches of `numbers` give, image by image, for `base` with each of `candidates` added, and for the
+        dense model where that is the base.
+        """
+        base = tuple(sorted(base))
+        sets = [*([] if base else [()]), *(extend(base, layer) for layer in candidates)]
+
+        def empty() -> Contributions:
+            return Contributions(self.criterion.image_sum)
+
+        return self._gather(*self._pass(base, candidates, {layers: empty() for layers in sets}, numbers), empty)
+
+    def score_of(self, found: Evidence, dense: Evidence) -> Score:
+        """The score of what a set left, against what the dense model did."""
+        value = self.criterion.score(dense, found)
         return Score(value, self.criterion.cost(value, self.sign))
 
     @torch.no_grad()
     def _pass(
-        self, base: LayerSet, candidates: Sequence[int]
-    ) -> tuple[dict[LayerSet, Evidence], FloatingPointError | None]:
+        self,
+        base: LayerSet,
+        candidates: Sequence[int],
+        found: dict[LayerSet, Found],
+        numbers: range | None = None,
+    ) -> tuple[dict[LayerSet, Found], FloatingPointError | None]:
         """
-        One pass over this rank's batches: the base set from the start, each candidate from its own block on. What is
-        not finite ends it, for all ranks to raise together.
+        One pass over this rank's batches, or those of them in `numbers`, which fills `found`. What is not finite ends
+        it, for all ranks to raise together.
         """
-        is_dense = self.dense is None
-        evidence = {base: Evidence(), **{tuple(sorted((*base, layer))): Evidence() for layer in candidates}}
+        autocast = torch.autocast(self.vit.device.type, torch.bfloat16, enabled=self.bf16)
         # All tokens, so that scores are to the bit those of a stock ViT's forward.
-        with evaluating(self.model), self.vit.masked_attention(base, self.mask), self.vit.all_tokens():
-            for number, (index, batch) in enumerate(deal(self.batches, self.rank, self.world_size)):
+        with evaluating(self.model), self.vit.all_tokens(), autocast:
+            for index, batch in deal(self.batches, self.rank, self.world_size, numbers):
                 batch = {name: tensor.to(self.vit.device) for name, tensor in batch.items()}
-                with block_inputs(self.vit.blocks) as inputs:
-                    outputs = self._outputs(batch)
-                self.block_forwards += len(self.vit.layers)
-                if is_dense and self.criterion.name == "prediction_kl":
-                    self._dense_logits.append(outputs.logits.cpu())
+                see = partial(self._see, found, batch, index)
                 try:
-                    self._see(evidence[base], outputs, batch, number)
-                    for layer in candidates:
-                        with (
-                            self.vit.masked_attention([layer], self.mask),
-                            self.vit.starting_at(layer, inputs[layer]),
-                        ):
-                            outputs = self._outputs(batch)
-                        self.block_forwards += len(self.vit.layers) - layer
-                        self._see(evidence[tuple(sorted((*base, layer)))], outputs, batch, number)
+                    self.forwards.run(index, batch["pixel_values"], base, candidates, see, base in found)
                 except FloatingPointError as error:
-                    return evidence, FloatingPointError(f"Calibration batch {index}: {error}")
-        return evidence, None
+                    return found, FloatingPointError(f"Calibration batch {index}: {error}")
+        return found, None
 
-    def _outputs(self, batch: dict[str, torch.Tensor]) -> Any:
+    def _outputs(self, pixel_values: torch.Tensor) -> Any:
         """The whole model where logits are asked for, the bare ViT where its class token is."""
         wants_logits = self.criterion.needs_logits or self.target != "features"
-        return self.model(batch["pixel_values"]) if wants_logits else self.vit(batch["pixel_values"])
+        return self.model(pixel_values) if wants_logits else self.vit(pixel_values)
 
-    def _see(self, evidence: Evidence, outputs: Any, batch: dict[str, torch.Tensor], number: int) -> None:
-        """Adds what one forward gave; `number` counts this rank's batches."""
-        evidence.num_images += len(batch["pixel_values"])
+    def _see(self, found: dict[LayerSet, Found], batch: Batch, index: int, layers: LayerSet, outputs: Any) -> None:
+        """Adds what one forward of the `index`-th batch gave."""
+        found[layers].num_images += len(batch["pixel_values"])
         if not self.criterion.needs_logits:
-            evidence.moments.update(self._target(outputs))
+            found[layers].see_target(self._target(outputs))
             return
         if self.criterion.needs_labels and "labels" not in batch:
             raise ValueError(f"criterion {self.criterion.name!r} needs `labels` in every batch.")
         if not torch.isfinite(outputs.logits).all():
             raise FloatingPointError("logits hold NaN or infinity.")
         labels = batch["labels"] if self.criterion.needs_labels else None
-        dense = self._dense_logits[number].to(outputs.logits.device) if self._dense_logits else None
-        evidence.see_predictions(outputs.logits, labels, dense)
+        dense = None
+        if self.criterion.name == "prediction_kl":
+            if not layers:
+                self._dense_logits[index] = outputs.logits.cpu()
+            dense = self._dense_logits[index].to(outputs.logits.device)
+        found[layers].see_predictions(outputs.logits, labels, dense)
 
     def _target(self, outputs: Any) -> torch.Tensor:
         if self.target == "logits":
@@ -160,22 +195,10 @@ class SetScorer:
         return self.target(outputs)  # type: ignore[operator]
 
     def _gather(
-        self, evidence: dict[LayerSet, Evidence], failure: FloatingPointError | None
-    ) -> dict[LayerSet, Evidence]:
-        """The evidence of all ranks, the same bits on each, so that all pick the same layer."""
-        merged = merge_across_processes(evidence, Evidence, failure)
+        self, found: dict[LayerSet, Found], failure: FloatingPointError | None, empty: Callable[[], Found]
+    ) -> dict[LayerSet, Found]:
+        """What all ranks found, the same bits on each, so that all pick the same layer."""
+        merged = merge_across_processes(found, empty, failure)
         if not next(iter(merged.values())).num_images:
             raise ValueError("batches is empty: give calibration images.")
         return merged
-
-
-@contextmanager
-def block_inputs(blocks: Sequence[nn.Module]) -> Iterator[list[torch.Tensor]]:
-    """The input of every block, in order, as a forward within the context meets it."""
-    inputs: list[torch.Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for block in blocks]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()

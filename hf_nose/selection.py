@@ -12,7 +12,9 @@ from torch import nn
 
 from .files import read_json, write_json
 from .modeling_nose_vit import nose_vit
+from .precision import CheckedScorer
 from .processes import Batches
+from .racing import race
 from .scoring import Score, SetScorer, Target
 
 
@@ -21,7 +23,9 @@ class Selection:
     """
     The layers picked and how: `layers` in the order picked, and `trace`, one dict a round with the raw value of every
     candidate (`{"picked": 3, "scores": {0: -58.4, ...}}`, the paper's Fig. 4). Rounds of a search over whole sets
-    hold `picked` as a list and sets as keys: `{"picked": [1, 3], "scores": {"1,3": 12.9, ...}}`.
+    hold `picked` as a list and sets as keys: `{"picked": [1, 3], "scores": {"1,3": 12.9, ...}}`. Rounds of a race
+    hold, beside the scores, the `images` that each rests on and the `margins`, in standard errors, by which those were
+    beaten that dropped out; `confidence` is that of the race as a whole. `precision` tells what bfloat16 changed.
     """
 
     layers: list[int]
@@ -36,6 +40,8 @@ class Selection:
     num_processes: int = 1
     block_forwards: int = 0
     seconds: float = 0.0
+    confidence: float | None = None
+    precision: dict[str, Any] | None = None
 
     def to_json(self, path: str | Path, **record: Any) -> None:
         """Writes the selection, with further entries of `record` beside it."""
@@ -45,10 +51,12 @@ class Selection:
     def from_json(cls, path: str | Path) -> "Selection":
         """Reads what `to_json` wrote; layer indices come back as integers."""
         record = read_json(path)
-        values = {name: record[name] for name in cls.__dataclass_fields__}
+        # Records of before there were races lack what these leave.
+        values = {name: record[name] for name in cls.__dataclass_fields__ if name in record}
         for step in values["trace"]:
             if isinstance(step["picked"], int):
-                step["scores"] = {int(layer): value for layer, value in step["scores"].items()}
+                for name in {"scores", "images", "margins"} & set(step):
+                    step[name] = {int(layer): value for layer, value in step[name].items()}
         return cls(**values)
 
 
@@ -64,6 +72,10 @@ def select_attention_layers(
     beam_width: int = 3,
     num_draws: int = 1,
     seed: int = 0,
+    confidence: float = 0.99,
+    stack_candidates: bool = False,
+    state_cache_gib: float = 0.0,
+    bf16: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
 ) -> Selection:
@@ -71,13 +83,18 @@ def select_attention_layers(
     Picks the `num_layers` attention layers that the output misses least.
 
     Args:
-        model, batches, criterion, mask, sign, target, rank, world_size: see [`SetScorer`].
+        model, batches, criterion, mask, sign, target, stack_candidates, state_cache_gib, rank, world_size: see
+            [`SetScorer`].
         num_layers (`int`): N, from 1 to one less than the attention layers there are.
         search (`str`, *optional*, defaults to `"greedy"`):
-            `"greedy"` (Algorithm 1), `"beam"`, `"exhaustive"` (all sets), or the baselines `"first"` and `"random"`.
+            `"greedy"` (Algorithm 1), `"racing"` (the same, on fewer images, see [`Race`]), `"beam"`,
+            `"exhaustive"` (all sets), or the baselines `"first"` and `"random"`.
         beam_width (`int`, *optional*, defaults to 3): sets kept a round by the beam search.
         num_draws (`int`, *optional*, defaults to 1): random sets drawn and scored; `layers` is the first of them.
         seed (`int`, *optional*, defaults to 0): of the random sets.
+        confidence (`float`, *optional*, defaults to 0.99): of the racing search, that its layers are the greedy one's.
+        bf16 (`bool`, *optional*, defaults to `False`): scores under bfloat16 autocast, and what it changes measured
+            against float32 on the first batch.
 
     Returns:
         [`Selection`], the same on every rank. Ties go to the lower index.
@@ -93,8 +110,19 @@ def select_attention_layers(
         )
     if search not in SEARCHES:
         raise ValueError(f"search must be one of {sorted(SEARCHES)}, got {search!r}.")
-    scorer = SetScorer(model, batches, criterion, mask, sign, target, rank, world_size)
-    options = {"beam_width": beam_width, "num_draws": num_draws, "seed": seed}
+    scorer = (CheckedScorer if bf16 else SetScorer)(
+        model,
+        batches,
+        criterion=criterion,
+        mask=mask,
+        sign=sign,
+        target=target,
+        stack_candidates=stack_candidates,
+        state_cache_gib=state_cache_gib,
+        rank=rank,
+        world_size=world_size,
+    )
+    options = {"beam_width": beam_width, "num_draws": num_draws, "seed": seed, "confidence": confidence}
     started = time.perf_counter()
     layers, trace = SEARCHES[search](scorer, kept, num_layers, options)
     dense = scorer.dense
@@ -116,11 +144,13 @@ def select_attention_layers(
         num_processes=scorer.world_size,
         block_forwards=scorer.block_forwards,
         seconds=time.perf_counter() - started,
+        confidence=confidence if search == "racing" else None,
+        precision=scorer.precision() if isinstance(scorer, CheckedScorer) else None,
     )
 
 
 def greedy(
-    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, Any]
 ) -> tuple[list[int], list[dict]]:
     """Algorithm 1: from the empty set, N times, keep the layer with the least cost."""
     picked: list[int] = []
@@ -133,7 +163,7 @@ def greedy(
     return picked, trace
 
 
-def beam(scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]) -> tuple[list[int], list[dict]]:
+def beam(scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, Any]) -> tuple[list[int], list[dict]]:
     """Keeps the best `beam_width` sets of each size; width 1 is the greedy search."""
     if options["beam_width"] < 1:
         raise ValueError(f"beam_width must be at least 1, got {options['beam_width']}.")
@@ -151,7 +181,7 @@ def beam(scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str,
 
 
 def exhaustive(
-    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, Any]
 ) -> tuple[list[int], list[dict]]:
     """All C(l, N) sets; those that share all but their last layer share one pass."""
     scores: dict[tuple[int, ...], Score] = {}
@@ -165,7 +195,7 @@ def exhaustive(
 
 
 def first(
-    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, Any]
 ) -> tuple[list[int], list[dict]]:
     """Baseline: the first N."""
     layers = tuple(kept[:num_layers])
@@ -173,20 +203,22 @@ def first(
 
 
 def random(
-    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, int]
+    scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, Any]
 ) -> tuple[list[int], list[dict]]:
     """Baseline: `num_draws` random sets, all scored; the first is the selection."""
     draws = random_sets(kept, num_layers, options["num_draws"], options["seed"])
     return list(draws[0]), [round_of_sets(draws[0], {layers: scorer.score(layers) for layers in draws})]
 
 
-SEARCHES = {"greedy": greedy, "beam": beam, "exhaustive": exhaustive, "first": first, "random": random}
+SEARCHES = {"greedy": greedy, "racing": race, "beam": beam, "exhaustive": exhaustive, "first": first, "random": random}
 
 
 def num_passes(search: str, num_kept: int, num_layers: int, beam_width: int = 3, num_draws: int = 1) -> int:
     """How many passes over the calibration images a search makes, for progress bars; of the beam, at most."""
     return {
         "greedy": num_layers,
+        # At most.
+        "racing": num_layers + 1,
         "beam": 1 + sum(min(beam_width, comb(num_kept, size)) for size in range(1, num_layers)),
         # Beside one for every set that has a successor, one for the dense model.
         "exhaustive": comb(num_kept - 1, num_layers - 1) + (num_layers > 1),

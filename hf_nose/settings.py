@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .criteria import CRITERIA
 from .distillation import check_distillation
 from .options import RemovalOptions, TrainingOptions, option
+from .racing import check_race
 from .schedules import decay_length, decay_turns
 
 
@@ -49,6 +51,10 @@ class Settings(TrainingOptions, RemovalOptions):
             raise ValueError(f"throughput_rounds must be at least 2, for quartiles, got {self.throughput_rounds}.")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise ValueError(f"ratio must be in (0, 1), got {self.ratio}.")
+        if not 0 <= self.state_cache_gib < math.inf:
+            raise ValueError(f"state_cache_gib must be 0 or more, got {self.state_cache_gib}.")
+        if self.search == "racing":
+            check_race(CRITERIA[self.criterion], self.confidence)
         if self.unit == "epoch" and self.steps:
             raise ValueError("unit=epoch needs the length of training in epochs: give epochs instead of steps.")
         if self.steps or self.unit == "epoch" and self.epochs:
@@ -102,7 +108,7 @@ DEPENDS = {
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
-        "beam_width num_draws mask sign target"
+        "beam_width num_draws confidence search_bf16 stack_candidates mask sign target"
     ),
     "dilute": (
         "seed steps epochs schedule decay unit order feature_compensation control teacher distillation_weight "

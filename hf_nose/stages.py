@@ -112,6 +112,10 @@ def select(run: RunContext) -> dict[str, Any]:
             beam_width=settings.beam_width,
             num_draws=settings.num_draws,
             seed=settings.seed,
+            confidence=settings.confidence,
+            stack_candidates=settings.stack_candidates,
+            state_cache_gib=settings.state_cache_gib,
+            bf16=settings.search_bf16,
         )
     run.say(f"Picked, in this order: {selection.layers}")
     return {
@@ -282,7 +286,7 @@ def control_sets(run: RunContext, candidates: list[int]) -> list[dict[str, Any]]
     """Sets to evaluate masked and untrained in the dense model: the chosen one, the first N, random ones."""
     selection = run.read("select")
     count = len(selection["layers"])
-    is_nose = (selection["search"], selection["criterion"]) == ("greedy", "transfer_entropy")
+    is_nose = selection["search"] in ("greedy", "racing") and selection["criterion"] == "transfer_entropy"
     chosen = "NOSE" if is_nose else f"{selection['search']} by {selection['criterion']}".replace("_", " ")
     chosen = "as given" if selection["search"] == "given" else chosen
     number = run.settings.random_controls

@@ -1,16 +1,22 @@
 #!/usr/bin/env python
 """
-What the prefix cache saves: the NOSE search against the naive one, side by side in one process, in CPU seconds.
+What the NOSE search costs against the naive one through the stock forward: all of them in turn, in one process.
 
     python scripts/search_cost.py --model facebook/deit-tiny-patch16-224 --dataset PARQUET --output search_cost.json
 """
 
 import argparse
+import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import ViTForImageClassification
 
 from hf_nose import NoseViTForImageClassification, select_attention_layers
 from hf_nose.criteria import CRITERIA, Evidence
@@ -21,69 +27,172 @@ from hf_nose.profiling import hardware
 from hf_nose.records import public_id
 
 
+# Options of `select_attention_layers`; `{}` is the prefix cache alone. The cache's size comes from the command line.
+ARMS: dict[str, dict[str, Any]] = {
+    "prefix": {},
+    "kept": {"keeps": True},
+    "stacked": {"keeps": True, "stack_candidates": True},
+    "bf16": {"keeps": True, "stack_candidates": True, "bf16": True},
+    "racing": {"keeps": True, "search": "racing"},
+    "racing_bf16": {"keeps": True, "search": "racing", "stack_candidates": True, "bf16": True},
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Times both searches, compares their scores."""
+    """Times the searches, compares their scores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub id or folder of a ViT")
     parser.add_argument("--dataset", required=True, help="images, see hf-nose run")
     parser.add_argument("--base_model_id", help="public name of the model")
     parser.add_argument("--dataset_id", help="public name of the data set")
     parser.add_argument("--num_removed", type=int, default=5, help="layers to pick")
-    parser.add_argument("--num_calibration", type=int, default=64, help="images to search on")
-    parser.add_argument("--batch_size", type=int, default=32, help="images a forward")
+    parser.add_argument("--num_calibration", type=int, default=256, help="images to search on")
+    parser.add_argument("--batch_size", type=int, default=16, help="images a forward")
+    parser.add_argument("--arms", default="prefix,kept,racing", help=f"comma-separated, among {', '.join(ARMS)}")
+    parser.add_argument("--confidence", type=float, default=0.99, help="of the races")
+    parser.add_argument("--state_cache_gib", type=float, default=4.0, help="block inputs kept by all arms but prefix")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every search is made, in turn")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(argv)
-    model = NoseViTForImageClassification.from_vit(options.model).eval()
+    arms = options.arms.split(",")
+    if not set(arms) <= set(ARMS):
+        parser.error(f"--arms must be among {', '.join(ARMS)}, got {options.arms!r}.")
+    stock = ViTForImageClassification.from_pretrained(options.model).eval().to(options.device)
+    model = NoseViTForImageClassification.from_vit(stock).eval().to(options.device)
     data = load_image_data(options.dataset, evaluation_only=True, max_eval_samples=options.num_calibration)
     columns = data.image_column, data.label_column
     images = ImageDataset(data.evaluation, load_processor(options.model), *columns, num_labels=model.num_labels)
     batches = list(ImageBatches(images, options.batch_size))
+
+    def search(keeps: bool = False, **asked: Any) -> dict[str, Any]:
+        gib = options.state_cache_gib if keeps else 0.0
+        asked |= {"state_cache_gib": gib, "confidence": options.confidence}
+        found = select_attention_layers(model, batches, options.num_removed, **asked)
+        return {
+            name: getattr(found, name) for name in ("layers", "trace", "block_forwards", "confidence", "precision")
+        }
+
+    searches: dict[str, Callable[[], dict[str, Any]]] = {
+        "naive": lambda: naive_search(stock, batches, options.num_removed)
+    }
+    searches |= {name: lambda name=name: search(**ARMS[name]) for name in arms}
     with torch.no_grad():
-        model(batches[0]["pixel_values"])
-    started = time.process_time()
-    selection = select_attention_layers(model, batches, options.num_removed)
-    cached = time.process_time() - started
-    started = time.process_time()
-    trace, forwards = naive_search(model, batches, options.num_removed)
-    naive = time.process_time() - started
-    pairs = [
-        (step["scores"][layer], value)
-        for step, other in zip(selection.trace, trace, strict=True)
-        for layer, value in other.items()
-    ]
+        stock(batches[0]["pixel_values"].to(options.device))
+    found, seconds = in_turn(searches, options.rounds, options.device)
     record = {
         "model": public_id(options.model, options.base_model_id),
         "dataset": public_id(options.dataset, options.dataset_id),
         "num_images": len(images),
-        "layers": selection.layers,
-        "block_forwards_per_batch": {
-            "cached": selection.block_forwards // len(batches),
-            "naive": forwards // len(batches),
+        "batch_size": options.batch_size,
+        "state_cache_gib": options.state_cache_gib,
+        "clock": "CPU seconds" if options.device == "cpu" else "seconds",
+        "searches": {
+            name: {
+                **compare(found["naive"], each),
+                "block_forwards_per_batch": each["block_forwards"] / len(batches),
+                "seconds": seconds[name],
+                "ratio_to_naive": statistics.median(
+                    ours / naive for ours, naive in zip(seconds[name], seconds["naive"], strict=True)
+                ),
+                **{part: each[part] for part in ("confidence", "precision") if each.get(part) is not None},
+            }
+            for name, each in found.items()
         },
-        "cpu_seconds": {"cached": cached, "naive": naive},
-        "cpu_seconds_ratio": cached / naive,
-        "largest_relative_difference": max(abs(a - b) / abs(b) for a, b in pairs),
         "threads": torch.get_num_threads(),
-        "hardware": hardware(),
+        "hardware": hardware(torch.device(options.device)),
     }
     write_json(options.output, record)
-    print({name: record[name] for name in ("layers", "block_forwards_per_batch", "cpu_seconds", "cpu_seconds_ratio")})
-    print({"largest_relative_difference": record["largest_relative_difference"]})
+    for name, each in record["searches"].items():
+        print(name, {part: each[part] for part in each if part != "images"})
     return 0
 
 
+def in_turn(
+    searches: dict[str, Callable[[], dict[str, Any]]], rounds: int, device: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
+    """What each search found, and its seconds in each of `rounds` rounds: A B C A B C, so that a drift hits all."""
+    found: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in searches}
+    for _ in range(rounds):
+        for name, search in searches.items():
+            started = clock(device)
+            found[name] = search()
+            seconds[name].append(clock(device) - started)
+    return found, seconds
+
+
+def clock(device: str) -> float:
+    """CPU seconds of this process, or, where a GPU works, seconds after it has finished."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(naive: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """
+    The layers of a search; and over the rounds up to the first in which it picks another layer than the naive one, the
+    largest difference in TE of candidates scored on all images, the distance of the naive search's runner-up, in nats,
+    and on how many images each candidate was scored.
+    """
+    largest, runners_up, images = 0.0, [], []
+    for ours, theirs in zip(other["trace"], naive["trace"], strict=True):
+        counts = ours.get("images", dict.fromkeys(ours["scores"], naive["num_images"]))
+        whole = [layer for layer, count in counts.items() if count == naive["num_images"]]
+        largest = max([largest, *(abs(ours["scores"][layer] - theirs["scores"][layer]) for layer in whole)])
+        best, second = sorted(abs(value) for value in theirs["scores"].values())[:2]
+        runners_up.append(second - best)
+        images.append(counts)
+        if ours["picked"] != theirs["picked"]:
+            break
+    return {
+        "layers": other["layers"],
+        "largest_te_difference": largest,
+        "runner_up_distances": runners_up,
+        "images": images,
+    }
+
+
+class AttentionFree(nn.Module):
+    """What is left of a stock block under the mask: `MLP(LN2(x)) + x`."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`hidden_states` (batch, tokens, hidden) -> the same shape."""
+        return self.block.mlp(self.block.layernorm_after(hidden_states)) + hidden_states
+
+
+@contextmanager
+def masked(stock: ViTForImageClassification, layers: list[int]) -> Iterator[None]:
+    """The stock model without the attention of `layers`, not computed either."""
+    blocks = stock.vit.layers
+    before = {layer: blocks[layer] for layer in layers}
+    try:
+        for layer, block in before.items():
+            blocks[layer] = AttentionFree(block)
+        yield
+    finally:
+        for layer, block in before.items():
+            blocks[layer] = block
+
+
 @torch.no_grad()
-def naive_search(model: torch.nn.Module, batches: list, num_layers: int) -> tuple[list[dict[int, float]], int]:
-    """Algorithm 1 with one whole forward per candidate set and batch; the trace and the block forwards it took."""
-    criterion, blocks = CRITERIA["transfer_entropy"], len(model.vit.blocks)
+def naive_search(stock: ViTForImageClassification, batches: list, num_layers: int) -> dict[str, Any]:
+    """Algorithm 1 with one whole forward of the stock model per candidate set and batch."""
+    criterion, blocks = CRITERIA["transfer_entropy"], len(stock.vit.layers)
     forwards = 0
 
     def evidence(layers: list[int]) -> Evidence:
         nonlocal forwards
         found = Evidence()
-        with model.masked_attention(layers):
+        with masked(stock, layers):
             for batch in batches:
-                found.moments.update(model(batch["pixel_values"]).logits)
+                found.see_target(stock(batch["pixel_values"].to(stock.device)).logits)
+                found.num_images += len(batch["pixel_values"])
                 forwards += blocks
         return found
 
@@ -95,8 +204,8 @@ def naive_search(model: torch.nn.Module, batches: list, num_layers: int) -> tupl
             layer: criterion.score(dense, evidence([*picked, layer])) for layer in range(blocks) if layer not in picked
         }
         picked.append(min(scores, key=lambda layer: (criterion.cost(scores[layer], "absolute"), layer)))
-        trace.append(scores)
-    return trace, forwards
+        trace.append({"picked": picked[-1], "scores": scores})
+    return {"layers": picked, "trace": trace, "block_forwards": forwards, "num_images": dense.num_images}
 
 
 if __name__ == "__main__":

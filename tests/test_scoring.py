@@ -8,7 +8,8 @@ from torch import nn
 
 from hf_nose.criteria import CRITERIA
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification, NoseViTModel
-from hf_nose.scoring import SetScorer, block_inputs
+from hf_nose.prefixes import block_inputs
+from hf_nose.scoring import SetScorer
 
 
 @pytest.mark.parametrize("mask", ["skip", "double"])
