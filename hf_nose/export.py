@@ -22,9 +22,9 @@ from .remote_code import auto_map, copy_travelling_files
 from .report import headline
 
 
-# From the folder, complete but for README.md, the records of the run (none without one) and the base model's Hub id,
-# where it is known, to the text of README.md.
-Card = Callable[[Path, Records, str | None], str]
+# From the folder, complete but for README.md, the configuration of the model, the records of the run (none without
+# one) and the base model's Hub id, where it is known, to the text of README.md.
+Card = Callable[[Path, NoseViTConfig, Records, str | None], str]
 
 
 def export_folder(
@@ -57,7 +57,7 @@ def export_folder(
         task_id (`str`, *optional*):
             The task registered for that data set; with both, `.eval_results/*.yaml` is written.
         card (`Callable`, *optional*):
-            Makes the text of `README.md` from the folder, the run's records and the base model's id.
+            Makes the text of `README.md` from folder, configuration, the run's records and the base model's id.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replaces an earlier export.
 
@@ -78,14 +78,12 @@ def export_folder(
         copy_records(opened, folder)
         base = known_id(base_model_id, opened.records, "model", "base_model_id")
         write_eval_results(folder, opened.records, dataset_id, task_id)
-        write_text(folder / "README.md", (card or plain_card)(folder, opened.records, base))
+        write_text(folder / "README.md", (card or plain_card)(folder, model.config, opened.records, base))
     return Path(output_dir)
 
 
 @contextmanager
-def exported(
-    source: ExportSource, output_dir: str | os.PathLike[str], overwrite: bool = False
-) -> Iterator[Path]:
+def exported(source: ExportSource, output_dir: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """
     Yields an empty folder that takes the place of `output_dir` when the block ends and nothing in it is private.
 
@@ -155,24 +153,34 @@ def write_eval_results(folder: Path, records: Records, dataset_id: str | None, t
     write_text(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
 
 
-def plain_card(folder: Path, records: Records, base_model_id: str | None) -> str:
+def plain_card(folder: Path, config: NoseViTConfig, records: Records, base_model_id: str | None) -> str:
     """A card that says what the model is, what was measured, and how it is loaded."""
-    config = NoseViTConfig.from_pretrained(folder)
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["hf_nose", "nose_vit"],
-        base_model=base_model_id,
-    )
+    is_measured = "models" in records.get("metrics", {})
     parts = [
-        f"---\n{data.to_yaml()}\n---",
+        front_matter(["hf_nose", "nose_vit"], base_model_id),
         "# Vision Transformer compressed by hf_nose",
-        f"Attention layers removed: {config.removed_attention_layers or 'none'}; diluted: "
-        f"{config.diluted_attention_layers or 'none'}; of {config.num_hidden_layers}.",
-        " ".join(headline(records)) if "models" in records.get("metrics", {}) else "Nothing was measured.",
+        state_of_layers(config),
+        " ".join(headline(records)) if is_measured else "Nothing was measured.",
         "```python\nfrom transformers import AutoModelForImageClassification\n\n"
-        '# After `import hf_nose`, trust_remote_code is not needed.\n'
+        "# After `import hf_nose`, trust_remote_code is not needed.\n"
         'model = AutoModelForImageClassification.from_pretrained(".", trust_remote_code=True)\n```',
         *(f"![{path.stem}](figures/{path.name})" for path in sorted((folder / "figures").glob("*.png"))),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def front_matter(tags: list[str], base_model_id: str | None) -> str:
+    """The YAML in front of a card."""
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="image-classification", tags=tags, base_model=base_model_id
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def state_of_layers(config: NoseViTConfig) -> str:
+    """Which attention layers are gone or on their way, in a sentence."""
+    removed, diluted = (
+        ", ".join(map(str, layers)) or "none"
+        for layers in (config.removed_attention_layers, config.diluted_attention_layers)
+    )
+    return f"Of {config.num_hidden_layers} attention layers, removed: {removed}; diluted: {diluted}."
