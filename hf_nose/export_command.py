@@ -84,8 +84,8 @@ def export(arguments: Sequence[str]) -> None:
     if options.format == "hf":
         from .export import export_folder
 
-        names = ("base_model_id", "dataset_id", "task_id")
-        export_folder(options.model, output, **shared, **{name: getattr(options, name) for name in names})
+        ids = {name: getattr(options, name) for name in ("base_model_id", "dataset_id", "task_id")}
+        export_folder(options.model, output, **shared, **ids)
     elif options.format == "stock-vit":
         from .stock_vit import export_stock_vit
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -81,9 +81,9 @@ def export_onnx(model: NoseViTForImageClassification, path: str | os.PathLike[st
         `ArithmeticError`: where the file's logits differ by more than 1e-5 of the greatest.
     """
     check_onnx_installed()
-    program = torch.onnx.export(
-        export_program(model), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False
-    )
+    exported = export_program(model)
+    names: dict[str, Any] = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    program = cast("torch.onnx.ONNXProgram", torch.onnx.export(exported, dynamo=True, verbose=False, **names))
     # The exporter notes for every node where its Python stood on this machine.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
