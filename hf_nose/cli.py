@@ -21,6 +21,7 @@ VERBS = {
     "transfer": "train any model, dense or compressed, on another data set",
     "evaluate": "accuracy of any model, dense or compressed",
     "benchmark": "speed and memory of models side by side",
+    "export": "a checkpoint as a folder that loads anywhere, as ONNX, or as a plain ViT",
     "env": "versions and hardware, for a bug report",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -51,6 +52,10 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         from .benchmark_command import benchmark
 
         return benchmark(arguments)
+    if verb == "export":
+        from .export_command import export
+
+        return export(arguments)
     from transformers.utils import logging
 
     from .command_line import parse_settings

@@ -88,6 +88,16 @@ LAYERS = [
     "stages",
     "run",
     "transfer",
+    "remote_code",
+    "headers",
+    "privacy",
+    "export_source",
+    "export",
+    "export_onnx",
+    "quantization",
+    "stock_vit",
+    "export_onnx_folder",
+    "export_command",
     "cli",
 ]
 MAX_LINES = 330
