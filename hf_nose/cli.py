@@ -20,6 +20,7 @@ VERBS = {
     "report": "figures and report, in the folder of a run",
     "transfer": "train any model, dense or compressed, on another data set",
     "evaluate": "accuracy of any model, dense or compressed",
+    "push": "a checkpoint with its card to the Hub",
     "env": "versions and hardware, for a bug report",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -46,6 +47,10 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         return environment(arguments)
     if verb == "evaluate":
         return evaluate(arguments)
+    if verb == "push":
+        from .push import run_push
+
+        return run_push(arguments)
     from transformers.utils import logging
 
     from .command_line import parse_settings
