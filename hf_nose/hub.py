@@ -36,7 +36,8 @@ class PushError(RuntimeError):
 @dataclass(frozen=True)
 class Push:
     """
-    What was pushed: the repository with its owner, branch and commit, the pages to look at, and bytes by file.
+    What was pushed: the repository with its owner, branch and commit, the pages to look at, bytes by file, and whether
+    there was anything new in them.
     """
 
     repo_id: str
@@ -45,6 +46,7 @@ class Push:
     url: str
     pull_request: str | None
     files: dict[str, int]
+    is_new: bool
 
 
 def listed_files(folder: str | os.PathLike[str]) -> dict[str, int]:
@@ -66,7 +68,7 @@ def listed_files(folder: str | os.PathLike[str]) -> dict[str, int]:
             raise ValueError(f"{name} in {folder} is a link, which may lead out of the folder: put the file there.")
         if path.is_dir():
             continue
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise ValueError(f"{name} in {folder} may hold a pickle, whose loading runs code: take it out.")
         if token is not None and holds(path, token.encode()):
             raise ValueError(f"{name} in {folder} holds the access token of this machine: take it out.")
@@ -87,8 +89,8 @@ def holds(path: Path, secret: bytes) -> bool:
 
 def completed_card(text: str, base_model: str | None, architecture: str) -> str:
     """
-    A card with the metadata that the Hub files models by: where the card itself says something, that stays, and so does
-    every word of its text.
+    A card with the metadata that the Hub files models by: what the card itself says stays, and so does every word of
+    its text.
     """
     card = ModelCard(text)
     facts = {"library_name": LIBRARY, "base_model": base_model}
@@ -113,8 +115,8 @@ def push_folder(
     base_model: str | None = None,
 ) -> Push:
     """
-    Sends a checkpoint's folder to the Hub in one commit; nothing is sent twice and nothing in the folder is changed, so
-    a push that failed is repeated by the same call. The token is that of `hf auth login` or `HF_TOKEN`.
+    Sends a checkpoint's folder to the Hub in one commit; nothing is sent twice and nothing in the folder is changed,
+    so a push that failed is repeated by the same call. The token is that of `hf auth login` or `HF_TOKEN`.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -125,8 +127,8 @@ def push_folder(
         private (`bool`, *optional*, defaults to `False`):
             Makes the repository private; refused where it exists and is public.
         create_pr (`bool`, *optional*, defaults to `False`):
-            Opens a pull request in an existing repository, or adds to the one that an earlier push has opened; excludes
-            `revision`.
+            Opens a pull request in an existing repository, or adds to the one that an earlier push has opened;
+            excludes `revision`.
         revision (`str`, *optional*):
             Branch of a variant, made where there is none; `main` otherwise.
         base_model (`str`, *optional*):
@@ -157,7 +159,9 @@ def push_folder(
     with calling("looking what is there", repo_id):
         there = api.model_info(repo_id, revision=revision)
     if private and not there.private:
-        raise ValueError(f"{repo_id} exists and is public: make it private in its settings, or push without `private`.")
+        raise ValueError(
+            f"{repo_id} exists and is public: make it private in its settings, or push without `private`."
+        )
     names = [file.rfilename for file in there.siblings or []]
     stale = [name for name in names if name not in files and any(fnmatch(name, pattern) for pattern in STALE)]
     with calling("sending the files", repo_id):
@@ -170,11 +174,12 @@ def push_folder(
             parent_commit=there.sha,
         )
     page = done.pr_url if opened is None else opened.url
-    return Push(repo_id, done.pr_revision or revision or "main", done.oid, str(done.commit_url), page, files)
+    branch = done.pr_revision or revision or "main"
+    return Push(repo_id, branch, done.oid, str(done.commit_url), page, files, is_new=done.oid != there.sha)
 
 
 def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None) -> dict[str, int]:
-    """The files that a push would send, see [`listed_files`]; `ValueError` where it would be refused on this machine."""
+    """The files that a push would send, see [`listed_files`]; `ValueError` where it can be refused on this machine."""
     validate_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("create_pr and revision exclude each other: a pull request is made against main.")
@@ -207,9 +212,7 @@ def additions(folder: Path, files: Iterable[str], base_model: str | None) -> lis
 def open_pull_request(api: HfApi, repo_id: str, title: str) -> Discussion | None:
     """The open pull request of this name that the token's owner has made."""
     author = api.whoami()["name"]
-    found = api.get_repo_discussions(
-        repo_id, author=author, discussion_type="pull_request", discussion_status="open"
-    )
+    found = api.get_repo_discussions(repo_id, author=author, discussion_type="pull_request", discussion_status="open")
     return next((pull for pull in found if pull.title == title), None)
 
 

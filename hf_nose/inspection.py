@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import ViTConfig, ViTForImageClassification
 
 from .configuration_nose_vit import NoseViTConfig
 from .modeling_nose_vit import NoseViTForImageClassification, NoseViTModel
@@ -19,13 +20,15 @@ MODELS = {model.__name__: model for model in (NoseViTForImageClassification, Nos
 
 def check_weights(folder: str | os.PathLike[str]) -> None:
     """
-    Refuses a NoseViT's folder whose weights are not those of its configuration.
+    Refuses a NoseViT's folder, or a plain ViT's, whose weights are not those of its configuration.
 
     Raises:
         `ValueError`: naming the keys that are missing, unexpected or of another shape, or the file that is damaged.
         [`~huggingface_hub.errors.StrictDataclassError`]: where the configuration has a wrong type or value.
     """
     folder = Path(folder)
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "vit":
+        return check_plain_weights(folder)
     config = NoseViTConfig.from_pretrained(folder)
     name = (config.architectures or [""])[0]
     if name not in MODELS:
@@ -40,7 +43,25 @@ def check_weights(folder: str | os.PathLike[str]) -> None:
         ("of another shape", wrong),
     ):
         if keys:
-            raise ValueError(f"The weights in {folder} are not those of its config.json: {what} {', '.join(keys[:4])}.")
+            raise ValueError(
+                f"The weights in {folder} are not those of its config.json: {what} {', '.join(keys[:4])}."
+            )
+
+
+def check_plain_weights(folder: Path) -> None:
+    """[`check_weights`] of a plain ViT, whose files name its weights otherwise than its code: by shapes alone."""
+    config = ViTConfig.from_pretrained(folder)
+    # Refuses sizes before anything is built.
+    NoseViTConfig.from_vit(config)
+    if config.architectures != [ViTForImageClassification.__name__]:
+        raise ValueError(
+            f"{folder / 'config.json'}: architectures must be a classifier's, got {config.architectures}."
+        )
+    with torch.device("meta"):
+        expected = [list(value.shape) for value in ViTForImageClassification(config).state_dict().values()]
+    found = list(weight_shapes(folder).values())
+    if sorted(expected) != sorted(found):
+        raise ValueError(f"The weights in {folder} are not those of its config.json: {len(found)}, of other shapes.")
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:

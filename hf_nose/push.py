@@ -16,8 +16,8 @@ from .records import RECORDS
 if TYPE_CHECKING:
     from .hub import Push
 
-# Where `hf-nose export` leaves what it makes of a run.
-EXPORT = "export"
+# What `hf-nose export` leaves in a run's export/FORMAT, and the branch it is pushed to unless another is named.
+BRANCHES = {"hf": None, "stock-vit": "stock"}
 
 
 def push_parser() -> argparse.ArgumentParser:
@@ -25,11 +25,14 @@ def push_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-nose push",
         allow_abbrev=False,
-        description="Sends a checkpoint with its card to the Hub in one commit. A push that failed is simply repeated. "
+        description="Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. "
         "The token is that of `hf auth login` or HF_TOKEN.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of an exported run, or of a checkpoint")
     parser.add_argument("--repo_id", metavar="ID", help="OWNER/NAME, or NAME for your own; the run's name by default")
+    parser.add_argument(
+        "--format", choices=tuple(BRANCHES), default="hf", help="which export of the run; stock-vit is revision stock"
+    )
     parser.add_argument("--private", action="store_true", help="make the repository private")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
@@ -42,25 +45,26 @@ def push_parser() -> argparse.ArgumentParser:
 def run_push(arguments: list[str]) -> None:
     """`hf-nose push`."""
     options = vars(push_parser().parse_args(arguments))
-    run, as_json, is_dry = options.pop("run"), options.pop("json"), options.pop("dry_run")
+    run, form, as_json, is_dry = (options.pop(name) for name in ("run", "format", "json", "dry_run"))
     options["repo_id"] = options["repo_id"] or default_name(run)
+    options["revision"] = options["revision"] or BRANCHES[form]
     if is_dry:
         from .hub import check_push
 
-        files = check_push(exported(run), options["repo_id"], options["create_pr"], options["revision"])
+        files = check_push(exported(run, form), options["repo_id"], options["create_pr"], options["revision"])
         record: dict[str, Any] = {"dry_run": True, "repo_id": options["repo_id"], "files": files}
         text = file_table(files) + f"\nDry run: nothing was sent to {options['repo_id']}."
     else:
-        done = push_run(run, **options)
+        done = push_run(run, form, **options)
         record, text = asdict(done), last_words(done)
     sys.stdout.write((json.dumps(record) if as_json else text) + "\n")
 
 
-def push_run(run: Path, **options: Any) -> Push:
+def push_run(run: Path, form: str = "hf", **options: Any) -> Push:
     """Pushes what a run has exported; see [`~hf_nose.hub.push_folder`]."""
     from .hub import push_folder
 
-    return push_folder(exported(run), base_model=base_model(run), **options)
+    return push_folder(exported(run, form), base_model=base_model(run), **options)
 
 
 def push_finished(run: Path, repo_id: str | None, private: bool) -> str:
@@ -75,12 +79,12 @@ def push_finished(run: Path, repo_id: str | None, private: bool) -> str:
         raise PushError(f"The run is finished, but the push is not. {error} Repeat it by `{again}`.") from None
 
 
-def exported(run: Path) -> Path:
+def exported(run: Path, form: str = "hf") -> Path:
     """The folder that a push of `run` sends: its export, or `run` itself where that is a checkpoint."""
-    for folder in (run / EXPORT, run):
+    for folder in (run / "export" / form, run):
         if (folder / "config.json").is_file():
             return folder
-    raise ValueError(f"{run} holds no exported checkpoint: make one by `hf-nose export {run}`.")
+    raise ValueError(f"{run} holds no exported checkpoint: make one by `hf-nose export {run} --format {form}`.")
 
 
 def base_model(run: Path) -> str | None:
@@ -106,4 +110,5 @@ def last_words(done: Push) -> str:
     """What was pushed and how it is loaded, for people."""
     where = "" if done.revision == "main" else f', revision="{done.revision}"'
     load = f'AutoModelForImageClassification.from_pretrained("{done.repo_id}"{where}, trust_remote_code=True)'
-    return f"{len(done.files)} files, {sum(done.files.values()):,} bytes: {done.pull_request or done.url}\nLoad it:\n{load}"
+    what = f"{len(done.files)} files, {sum(done.files.values()):,} bytes" if done.is_new else "Nothing has changed"
+    return f"{what}: {done.pull_request or done.url}\nLoad it:\n{load}"

@@ -43,6 +43,8 @@ class Fault:
     landed: bool = False
     # The connection is cut after so many bytes of the request's body.
     cut: int | None = None
+    # What somebody else does just before the request, which then is carried out as if nothing had happened.
+    meanwhile: Callable[[], object] | None = None
     # A web page from some proxy in between, instead of the Hub's own JSON.
     html: bool = False
 
@@ -143,6 +145,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.state:
             self.server.requests.append(call)
         fault = self.server.fault_for(call)
+        if fault is not None and fault.meanwhile is not None:
+            fault.meanwhile()
+            fault = None
         try:
             if fault is not None and fault.cut is not None:
                 return self.cut(fault.cut)
@@ -212,6 +217,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, f"You don't have the rights to write under the namespace {namespace or user[0]!r}")
         return user[0]
 
+    def committer(self, repository: Repository, revision: str) -> str:
+        """The name of a user who may commit to a branch: anybody to a new pull request, or to one of their own."""
+        user = self.user()
+        own = [f"refs/pr/{pull['num']}" for pull in repository.pull_requests if user and pull["author"] == user[0]]
+        is_open_to_all = "create_pr" in self.query or revision in own
+        return self.writer(None if is_open_to_all else repository.id.split("/")[0])
+
     def repository(self, kind: str, id: str, content: bool = True) -> Repository:
         """A repository as far as the user may see it, and its content."""
         user = self.user()
@@ -264,7 +276,7 @@ class Handler(BaseHTTPRequestHandler):
     @route(f"POST /api/{REPO}/preupload/(?P<revision>[^/]+)")
     def preupload(self, kind: str, id: str, revision: str) -> Any:
         repository = self.repository(kind, id)
-        self.writer(None if "create_pr" in self.query else id.split("/")[0])
+        self.committer(repository, revision)
         there = repository.at(revision).files
         answers = []
         for path in (asked["path"] for asked in json.loads(self.body)["files"]):
@@ -302,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
     @route(f"POST /api/{REPO}/commit/(?P<revision>[^/]+)")
     def commit(self, kind: str, id: str, revision: str) -> Any:
         repository, is_pull_request = self.repository(kind, id), "create_pr" in self.query
-        author = self.writer(None if is_pull_request else id.split("/")[0])
+        author = self.committer(repository, revision)
         lines = [json.loads(line) for line in self.body.splitlines()]
         for line in lines:
             if line["key"] == "file":
@@ -328,11 +340,13 @@ class Handler(BaseHTTPRequestHandler):
 
     @route(f"GET /api/{REPO}/discussions")
     def discussions(self, kind: str, id: str) -> Any:
+        asked = {name: self.query[name][0] for name in ("author", "status") if name in self.query}
         found = [
             pull
             | {"author": {"name": pull["author"]}, "repo": {"name": id, "type": kind[:-1]}}
             | {"isPullRequest": True, "createdAt": "2025-01-01T00:00:00.000Z"}
             for pull in self.repository(kind, id).pull_requests
+            if asked.items() <= pull.items()
         ]
         return {"count": len(found), "start": 0, "discussions": found}
 
@@ -356,7 +370,9 @@ class Handler(BaseHTTPRequestHandler):
                     entries[path]["lfs"] = {"oid": file_id(path, content), "size": len(content), "pointerSize": 134}
         return list(entries.values())
 
-    @route(r"(?:HEAD|GET) /(?:(?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @route(
+        r"(?:HEAD|GET) /(?:(?P<kind>datasets|spaces)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
+    )
     def resolve(self, kind: str, id: str, revision: str, path: str) -> Any:
         commit = self.repository(kind, id).at(revision)
         if path not in commit.files:

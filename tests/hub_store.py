@@ -32,6 +32,23 @@ def file_id(path: str, content: bytes) -> str:
     return hashlib.sha256(content).hexdigest() if is_large(path) else git_hash(content)
 
 
+def change(files: dict[str, bytes], key: str, value: dict[str, Any], large: dict[str, bytes]) -> None:
+    """Carries out one line of a commit in a tree of files."""
+    path = value["path"]
+    if key == "file":
+        files[path] = value["content"]
+    elif key == "lfsFile":
+        if value["oid"] not in large:
+            raise Refused(400, f"LFS pointer pointed to a file that does not exist: {value['oid']}")
+        files[path] = large[value["oid"]]
+    elif key == "deletedFile":
+        if path not in files:
+            raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
+        del files[path]
+    else:
+        raise Refused(400, f"Unknown operation {key}")
+
+
 @dataclass
 class Commit:
     """A whole tree of files, and where it came from."""
@@ -103,18 +120,8 @@ class Repository:
                 title = value["summary"]
                 if value.get("parentCommit", before.sha) != before.sha:
                     raise Refused(412, "A commit has happened since. Please refresh and try again.")
-            elif line["key"] == "file":
-                files[value["path"]] = value["content"]
-            elif line["key"] == "lfsFile":
-                if value["oid"] not in large:
-                    raise Refused(400, f"LFS pointer pointed to a file that does not exist: {value['oid']}")
-                files[value["path"]] = large[value["oid"]]
-            elif line["key"] == "deletedFile":
-                if value["path"] not in files:
-                    raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
-                del files[value["path"]]
             else:
-                raise Refused(400, f"Unknown operation {line['key']}")
+                change(files, line["key"], value, large)
         commit = self.add(title, before.sha, files)
         if author is None:
             self.refs[revision] = commit.sha
