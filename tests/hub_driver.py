@@ -6,6 +6,7 @@ input; its exit code is answered when it has ended.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,6 +49,7 @@ class HubDriver:
             env=environ,
             cwd=folder,
             bufsize=0,
+            start_new_session=True,
         )
         assert self.read() == {"ready": True}
 
@@ -69,8 +71,10 @@ class HubDriver:
         return self.order({"words": [str(word) for word in words]}, **environ)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        # With the client that a failed test may have left hanging.
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.process.stdin.close()
         self.process.stdout.close()
 
 

@@ -182,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def cut(self, length: int) -> None:
         """Reads so much of the request's body and resets the connection."""
-        self.rfile.read(length)
+        self.rfile.read(min(length, int(self.headers.get("Content-Length") or 0)))
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True

@@ -143,10 +143,15 @@ def test_a_finished_run_whose_push_fails_is_told_how_to_repeat_it(folder, tmp_pa
 # What is refused before anything is sent
 
 
-@pytest.mark.parametrize("name", ["config.json", "README.md", "model.safetensors"])
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors"])
 def test_a_part_that_is_missing(name, folder, capsys):
     (folder / name).unlink()
     assert f"no {name}" in refused(capsys, folder, "--repo_id", "you/vit")
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="holds no config.json: `hf-nose export`"):
+        listed_files(tmp_path)
 
 
 def test_links_lead_out(folder, tmp_path, capsys):
