@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": "accuracy of any model, dense or compressed",
     "benchmark": "speed and memory of models side by side",
     "export": "a checkpoint as a folder that loads anywhere, as ONNX, or as a plain ViT",
+    "push": "a checkpoint with its card to the Hub",
     "env": "versions and hardware, for a bug report",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -56,6 +57,10 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         from .export_command import export
 
         return export(arguments)
+    if verb == "push":
+        from .push import run_push
+
+        return run_push(arguments)
     from transformers.utils import logging
 
     from .command_line import parse_settings

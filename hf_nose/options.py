@@ -254,7 +254,7 @@ POSITIVE = (
     *("eval_batch_size", "throughput_batch_size"),
 )
 NOT_NEGATIVE = ("seed", "steps", "dense_steps", "num_workers", "shift", "random_controls", "lora_rank")
-OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite")
+OF_ONE_CALL = ("recipe", "output_dir", "stages", "dry_run", "resume", "overwrite", "push_to_hub", "repo_id", "private")
 # Say where or how fast something is computed, or what is kept and logged on the way: no result depends on them.
 NO_RESULT = (
     *("device", "cache_gib", "state_cache_gib", "num_workers", "prefetch_factor"),

@@ -16,8 +16,10 @@ from .configuration_nose_vit import NoseViTConfig
 from .context import Job, RunContext
 from .distillation import describe
 from .files import locked, read_json, write_json, write_text
+from .hub import check_token
 from .plan import check_teacher, dense_model, distillation_options, planned_layers
 from .profiling import count_macs, count_parameters
+from .push import push_finished
 from .records import RECORDS
 from .report import load_lines, summary_table
 from .schedules import scheduled_masks
@@ -46,17 +48,21 @@ def run_job(settings: Settings) -> RunContext:
     if settings.dry_run:
         dry_run(run)
         return run
+    if settings.push_to_hub and run.is_main:
+        check_token()
     with locked(run.folder) if run.is_main else nullcontext():
         open_folder(run)
         run.state.wait_for_everyone()
         run_stages(run, [stage for stage in STAGES if stage in settings.stage_list])
         finish(run)
+        if settings.push_to_hub and run.is_main:
+            run.say("\n" + push_finished(run.folder, settings.repo_id, settings.private))
     return run
 
 
 def rerun_stage(settings: Settings, stage: str) -> RunContext:
     """Runs one stage of an existing folder again; what later stages made of its old result is dropped."""
-    asked = [name for name in ("dry_run", "resume", "overwrite") if getattr(settings, name)]
+    asked = [name for name in ("dry_run", "resume", "overwrite", "push_to_hub") if getattr(settings, name)]
     if asked:
         raise ValueError(f"{' and '.join(asked)} belong to `hf-nose run`: `hf-nose {stage}` runs its stage anew.")
     run = RunContext(settings)

@@ -27,6 +27,9 @@ class Settings(TrainingOptions, RemovalOptions):
     random_controls: int = option(3, "Random sets evaluated beside the chosen one.")
     throughput_batch_size: int = option(32, "Images a forward where speed is measured.")
     throughput_rounds: int = option(10, "Interleaved rounds there.")
+    push_to_hub: bool = option(False, "Push the finished result to the Hub, with the token of `hf auth login`.")
+    repo_id: str | None = option(None, "Repository for it, OWNER/NAME or NAME; the run's name by default.")
+    private: bool = option(False, "Make that repository private.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,6 +39,10 @@ class Settings(TrainingOptions, RemovalOptions):
         unknown = sorted(set(self.stage_list) - set(STAGES))
         if unknown or not self.stage_list:
             raise ValueError(f"stages must be among {','.join(STAGES)}, got {self.stages!r}.")
+        if (self.repo_id is not None or self.private) and not self.push_to_hub:
+            raise ValueError("repo_id and private say where push_to_hub goes: give it, too.")
+        if self.push_to_hub and "fold" not in self.stage_list:
+            raise ValueError(f"push_to_hub pushes what the stage fold leaves, but stages are {self.stages}.")
         check_distillation(vars(self), self.is_distilled, self.is_trained)
         if self.schedule == "one_shot" and self.feature_compensation:
             raise ValueError("schedule=one_shot removes at once, as f = x: it excludes feature_compensation.")

@@ -1,0 +1,114 @@
+"""`hf-nose push`: what a run has exported, or any other checkpoint's folder with a card, to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import read_json
+from .records import RECORDS
+
+
+if TYPE_CHECKING:
+    from .hub import Push
+
+# What `hf-nose export` leaves in a run's export/FORMAT, and the branch it is pushed to unless another is named.
+BRANCHES = {"hf": None, "stock-vit": "stock"}
+
+
+def push_parser() -> argparse.ArgumentParser:
+    """What `hf-nose push` can be told."""
+    parser = argparse.ArgumentParser(
+        prog="hf-nose push",
+        allow_abbrev=False,
+        description="Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. "
+        "The token is that of `hf auth login` or HF_TOKEN.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of an exported run, or of a checkpoint")
+    parser.add_argument("--repo_id", metavar="ID", help="OWNER/NAME, or NAME for your own; the run's name by default")
+    parser.add_argument(
+        "--format", choices=tuple(BRANCHES), default="hf", help="which export of the run; stock-vit is revision stock"
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    where.add_argument("--revision", metavar="BRANCH", help="branch of a variant, made where there is none")
+    parser.add_argument("--dry_run", action="store_true", help="list the files and their sizes, send nothing")
+    parser.add_argument("--json", action="store_true", help="tell what was done as JSON")
+    return parser
+
+
+def run_push(arguments: list[str]) -> None:
+    """`hf-nose push`."""
+    options = vars(push_parser().parse_args(arguments))
+    run, form, as_json, is_dry = (options.pop(name) for name in ("run", "format", "json", "dry_run"))
+    options["repo_id"] = options["repo_id"] or default_name(run)
+    options["revision"] = options["revision"] or BRANCHES[form]
+    if is_dry:
+        from .hub import check_push
+
+        files = check_push(exported(run, form), options["repo_id"], options["create_pr"], options["revision"])
+        record: dict[str, Any] = {"dry_run": True, "repo_id": options["repo_id"], "files": files}
+        text = file_table(files) + f"\nDry run: nothing was sent to {options['repo_id']}."
+    else:
+        done = push_run(run, form, **options)
+        record, text = asdict(done), last_words(done)
+    sys.stdout.write((json.dumps(record) if as_json else text) + "\n")
+
+
+def push_run(run: Path, form: str = "hf", **options: Any) -> Push:
+    """Pushes what a run has exported; see [`~hf_nose.hub.push_folder`]."""
+    from .hub import push_folder
+
+    return push_folder(exported(run, form), base_model=base_model(run), **options)
+
+
+def push_finished(run: Path, repo_id: str | None, private: bool) -> str:
+    """The last step of a run with `push_to_hub`; what was pushed, in words. The run stays finished if it fails."""
+    from .hub import PushError
+
+    repo_id = repo_id or default_name(run)
+    try:
+        return last_words(push_run(run, repo_id=repo_id, private=private))
+    except PushError as error:
+        again = f"hf-nose push {run} --repo_id {repo_id}{' --private' if private else ''}"
+        raise PushError(f"The run is finished, but the push is not. {error} Repeat it by `{again}`.") from None
+
+
+def exported(run: Path, form: str = "hf") -> Path:
+    """The folder that a push of `run` sends: its export, or `run` itself where that is a checkpoint."""
+    for folder in (run / "export" / form, run):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ValueError(f"{run} holds no exported checkpoint: make one by `hf-nose export {run} --format {form}`.")
+
+
+def base_model(run: Path) -> str | None:
+    """The Hub id of the dense model that a run started from, where it has one."""
+    path = run / RECORDS["prepare"]
+    return read_json(path)["model"]["base_model_id"] if path.is_file() else None
+
+
+def default_name(run: Path) -> str:
+    """The repository's name: the run's, which is by default its recipe's; `ValueError` for what is no run."""
+    if not (run / "settings.yaml").is_file():
+        raise ValueError(f"{run} is not the folder of a run, whose name could be the repository's: give --repo_id.")
+    return run.resolve().name
+
+
+def file_table(files: dict[str, int]) -> str:
+    """Files with their sizes, and the sum, for people."""
+    rows = [*files.items(), (f"{len(files)} files", sum(files.values()))]
+    return "\n".join(f"{size:>15,} bytes  {name}" for name, size in rows)
+
+
+def last_words(done: Push) -> str:
+    """What was pushed and how it is loaded, for people."""
+    where = "" if done.revision == "main" else f', revision="{done.revision}"'
+    load = f'AutoModelForImageClassification.from_pretrained("{done.repo_id}"{where}, trust_remote_code=True)'
+    what = f"{len(done.files)} files, {sum(done.files.values()):,} bytes" if done.is_new else "Nothing has changed"
+    return f"{what}: {done.pull_request or done.url}\nLoad it:\n{load}"
