@@ -166,7 +166,7 @@ def check_distillation(settings: Mapping[str, Any], is_distilled: bool, is_train
             "which tokens to compare, behind which blocks."
         )
     if is_distilled and not is_trained:
-        raise ValueError("distillation needs training: set steps or epochs.")
+        raise ValueError("distillation needs training: set steps or epochs, or distillation_weight=0.")
     if settings["distillation_control"] and not (settings["control"] and is_distilled):
         raise ValueError("distillation_control needs control, and a distillation_weight or distillation_features.")
     if settings["teacher"] is not None and not is_distilled:

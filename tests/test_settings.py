@@ -38,8 +38,8 @@ def test_the_digits_recipe_trains_no_other_model_or_data():
         assert settings.dense_steps == 0 and settings.recipe is None
         assert {name: getattr(settings, name) for name in short} == {**short, "batch_size": 7}
     assert parse_settings(["--model", "someone/vit-tiny"]).folder.as_posix() == "runs/vit-tiny"
-    searched = parse_settings(["--model", "someone/vit-tiny", "--num_removed", "2", "--steps", "0"])
-    assert searched.ratio is None and not searched.is_trained
+    searched = parse_settings(["--model", "someone/vit-tiny", "--num_removed", "2", "--steps", "9"])
+    assert (searched.ratio, searched.epochs, searched.steps) == (None, None, 9)
 
 
 def test_without_any_recipe_there_are_defaults_and_flags():
