@@ -2,7 +2,8 @@
 
 The calibration images are gone through in growing parts; after each of them every pair of candidates left is compared.
 What is estimated is what the search would find on all images, so those yet to come count as unseen (a sample without
-replacement), and a race that nobody leaves ends as the greedy search does.
+replacement), and a race that nobody leaves ends as the greedy search does. From the second round on, what the images
+gave in the round before, where all were seen, tells part of what they will give now.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from .prefixes import extend
 from .scoring import Score, SetScorer
 
 
-# Shares of the batches after which candidates are compared.
-SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
+# Looks: shares of the batches after which candidates are compared.
+SHARES = tuple(eighth / 8 for eighth in range(1, 9))
 # With fewer images the tails of Student's distribution are not to be trusted.
 MIN_IMAGES = 32
 
@@ -41,9 +42,13 @@ class Race:
         check_race(scorer.criterion, confidence)
         if not isinstance(scorer.batches, Sequence):
             raise ValueError("batches must be a sequence for search='racing', which takes them in parts.")
+        if not len(scorer.batches):
+            raise ValueError("batches is empty: give calibration images.")
         self.scorer, self.confidence, self.num_layers = scorer, confidence, num_layers
         self.stops = stops(len(scorer.batches), scorer.world_size)
         self.dense: list[Contributions] = []
+        # Of the candidates of the round before that were seen on all images: what each image added.
+        self.before: dict[int, torch.Tensor] = {}
 
     def round(self, picked: list[int], candidates: list[int]) -> dict[str, Any]:
         """
@@ -53,17 +58,21 @@ class Race:
         found = {layer: self._nothing() for layer in candidates}
         scores: dict[int, Score] = {}
         margins: dict[int, float] = {}
+        shares: dict[int, torch.Tensor] = {}
         racing, start = candidates, 0
         for look, stop in enumerate(self.stops):
             self._see(picked, {layer: found[layer] for layer in racing}, look, range(start, stop))
-            scores |= {layer: self._score(found[layer], look) for layer in racing}
-            start = stop
-            if look < len(self.stops) - 1:
-                beaten = self._beaten({layer: found[layer] for layer in racing}, look, len(candidates) - 1)
+            start, dense = stop, self.dense_until(look)
+            evidence = dense.evidence()
+            scores |= {layer: self.scorer.score_of(found[layer].evidence(), evidence) for layer in racing}
+            shares = self._shares({layer: found[layer] for layer in racing}, dense)
+            if look < len(self.stops) - 1 and dense.num_images >= MIN_IMAGES:
+                beaten = self._beaten(picked, scores, shares, stop / self.stops[-1], len(candidates) - 1)
                 margins |= beaten
                 racing = [layer for layer in racing if layer not in beaten]
             if len(racing) == 1:
                 break
+        self.before = shares if start == self.stops[-1] else {}
         return {
             "picked": min(racing, key=lambda layer: (scores[layer].cost, layer)),
             "scores": {layer: scores[layer].value for layer in candidates},
@@ -91,33 +100,39 @@ class Race:
             merged.merge(part)
         return merged
 
-    def _score(self, found: Contributions, look: int) -> Score:
-        return self.scorer.score_of(found.evidence(), self.dense_until(look).evidence())
+    def _shares(self, found: dict[int, Contributions], dense: Contributions) -> dict[int, torch.Tensor]:
+        """What each image adds to the candidates' values, each (images,)."""
+        shares = {layer: contributions.pseudovalues() for layer, contributions in found.items()}
+        if self.scorer.criterion.image_sum is not None:
+            return shares
+        entropy = dense.pseudovalues()
+        return {layer: entropy - masked for layer, masked in shares.items()}
 
-    def _beaten(self, found: dict[int, Contributions], look: int, rivals: int) -> dict[int, float]:
-        """Who drops out after `look`, and by how many standard errors."""
+    def _beaten(
+        self, picked: list[int], scores: dict[int, Score], shares: dict[int, torch.Tensor], seen: float, rivals: int
+    ) -> dict[int, float]:
+        """Who drops out with this share of the images `seen`, and by how many standard errors."""
         criterion = self.scorer.criterion
-        seen = self.stops[look] / self.stops[-1]
-        dense = self.dense_until(look)
-        values, estimates = [], []
-        for contributions in found.values():
-            value = criterion.score(dense.evidence(), contributions.evidence())
-            shares = contributions.pseudovalues()
-            if criterion.image_sum is None:
-                shares = dense.pseudovalues() - shares
-            direction = -1.0 if criterion.higher_is_better else 1.0
-            values.append(direction * shares)
+        estimates, adjusted = [], []
+        for layer, own in shares.items():
+            controls = [self.before[other] for other in dict.fromkeys((layer, *picked[-1:])) if other in self.before]
+            adjusted.append(controlled(own, controls))
             # Freed from its bias as far as images are yet to come: on all of them the search would have that of all.
-            estimates.append(direction * (seen * value + (1 - seen) * float(shares.mean())))
-        count = len(values[0])
-        if count < MIN_IMAGES:
-            return {}
+            value = seen * scores[layer].value + (1 - seen) * float(own.mean())
+            estimates.append(value + float(adjusted[-1].mean() - own.mean()))
+        direction = -1.0 if criterion.higher_is_better else 1.0
         is_absolute = criterion.is_signed and self.scorer.sign == "absolute"
+        margins = compare(
+            direction * torch.tensor(estimates, dtype=torch.float64),
+            direction * torch.stack(adjusted, 1),
+            1 - seen,
+            is_absolute,
+        )
         probability = (1 - self.confidence) / (self.num_layers * (len(self.stops) - 1) * rivals)
-        margins = compare(torch.tensor(estimates), torch.stack(values, 1), 1 - seen, is_absolute)
+        # Two controls at most, and the mean.
+        limit = quantile(probability / 2 if is_absolute else probability, len(adjusted[0]) - 3)
         worst = margins.max(1).values.tolist()
-        limit = quantile(probability / 2 if is_absolute else probability, count - 1)
-        return {layer: margin for layer, margin in zip(found, worst, strict=True) if margin > limit}
+        return {layer: margin for layer, margin in zip(shares, worst, strict=True) if margin > limit}
 
 
 def race(scorer: SetScorer, kept: list[int], num_layers: int, options: dict[str, Any]) -> tuple[list[int], list[dict]]:
@@ -148,6 +163,20 @@ def stops(num_batches: int, world_size: int) -> list[int]:
     """How many batches have been seen at each look, a multiple of the processes but for the last."""
     found = {min(num_batches, -(-round(share * num_batches) // world_size) * world_size) for share in SHARES}
     return sorted(found - {0})
+
+
+def controlled(shares: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tensor:
+    """
+    `shares` (images,) less what `controls`, each (all images,), explain of them: the mean of the seen images moves to
+    where it would be if their controls had the mean of all images, and varies less (the regression estimator).
+    """
+    if not controls:
+        return shares
+    known = torch.stack(controls, 1)
+    known = known - known.mean(0)
+    seen = known[: len(shares)]
+    slopes = torch.linalg.lstsq(seen - seen.mean(0), (shares - shares.mean())[:, None]).solution
+    return shares - (seen @ slopes)[:, 0]
 
 
 def compare(estimates: torch.Tensor, shares: torch.Tensor, unseen: float, is_absolute: bool) -> torch.Tensor:
