@@ -20,6 +20,7 @@ VERBS = {
     "report": "figures and report, in the folder of a run",
     "transfer": "train any model, dense or compressed, on another data set",
     "evaluate": "accuracy of any model, dense or compressed",
+    "export": "a checkpoint as a folder that loads anywhere, as ONNX, or as a plain ViT",
     "push": "a checkpoint with its card to the Hub",
     "env": "versions and hardware, for a bug report",
 }
@@ -47,6 +48,10 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         return environment(arguments)
     if verb == "evaluate":
         return evaluate(arguments)
+    if verb == "export":
+        from .export_command import export
+
+        return export(arguments)
     if verb == "push":
         from .push import run_push
 

@@ -29,13 +29,14 @@ from .stages import STAGE_FUNCTIONS
 
 # Everything a run may leave in its folder; nothing else is ever deleted.
 FILES = (*RECORDS.values(), "settings.yaml", "report.md")
-FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training")
+FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training", "export")
 # What stages leave beside their records.
 MADE_BY = {
     "prepare": ("dense",),
     "dilute": ("diluted", "dense_control"),
     "fold": ("model",),
-    "report": ("report.md", "figures"),
+    # An export holds what all stages made.
+    "report": ("report.md", "figures", "export"),
 }
 # The stages that train, with the folders of their checkpoints.
 TRAININGS = {"prepare": ("dense",), "dilute": ("dilution", "dense_control"), "transfer": ("transfer",)}

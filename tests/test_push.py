@@ -14,7 +14,6 @@ from hf_nose.cli import BAD_INPUT, FAILED, OK, main
 from hf_nose.command_line import parse_settings
 from hf_nose.files import write_json
 from hf_nose.hub import TAGS, PushError, check_token, completed_card, holds, listed_files
-from hf_nose.inspection import check_weights
 from hf_nose.push import base_model, push_finished
 from hf_nose.push import exported as exported_folder
 
@@ -183,10 +182,6 @@ def test_a_token_in_a_file_stays_at_home(folder, capsys, monkeypatch):
 def test_a_secret_is_found_across_the_pieces_it_is_read_in(start, tmp_path):
     (tmp_path / "file").write_bytes(b"x" * start + b"hf_secret" + b"y" * 10)
     assert holds(tmp_path / "file", b"hf_secret") and not holds(tmp_path / "file", b"hf_public")
-
-
-def test_weights_are_those_of_the_configuration(made):
-    check_weights(made)
 
 
 @pytest.mark.parametrize(
