@@ -37,13 +37,12 @@ def prepare(folder: Path) -> None:
     expected |= {"mask": models["diluted"].vit.dilution_mask.clone(), "masked.logits": masked(pixels).logits}
     for kind, model in models.items():
         exported(folder / kind, model)
+    fold(masked).save_pretrained(folder / "masked-source")
     for kind, model in (models | {"refolded": fold(masked)}).items():
         expected[f"{kind}.logits"] = model(pixels).logits
         expected[f"{kind}.hidden"] = model.vit(pixels).last_hidden_state
-        backbone = NoseViTBackbone.from_pretrained(folder / kind, out_indices=[1, 4]) if kind in models else None
-        if backbone is None:
-            model.save_pretrained(folder / "for-backbone")
-            backbone = NoseViTBackbone.from_pretrained(folder / "for-backbone", out_indices=[1, 4])
+        source = f"{kind}-source" if kind in models else "masked-source"
+        backbone = NoseViTBackbone.from_pretrained(folder / source, out_indices=[1, 4])
         expected |= {f"{kind}.map{n}": each for n, each in enumerate(backbone.eval()(pixels).feature_maps)}
         classify = pipeline("image-classification", model, image_processor=load_processor(folder / "dense"))
         answers[kind] = classify(str(folder / "picture.png"))
