@@ -26,8 +26,8 @@ TESTS = Path(__file__).resolve().parent
 @torch.no_grad()
 def prepare(folder: Path) -> None:
     """
-    Folders to push, and what their models make of noise and of a picture. Models loaded from them: the bits of a
-    product depend on where in memory its factors lie, so that the model before it was saved may differ in the last one.
+    Folders to push, and what their models make of noise and of a picture. Models loaded from them: the last bit
+    of a product depends on where in memory its factors lie, so that the model before it was saved may differ in it.
     """
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "picture.png")
