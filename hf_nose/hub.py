@@ -21,7 +21,7 @@ from .privacy import check_publishable
 
 CARD = "README.md"
 LIBRARY = "transformers"
-TAGS = ("hf_nose", "nose_vit", "vision", "pruning", "arxiv:2404.05657")
+TAGS = ("hf_nose",)
 TASKS = {"ForImageClassification": "image-classification", "Model": "image-feature-extraction"}
 # Loading one of these runs what is in it.
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
