@@ -103,8 +103,8 @@ def stock_card(folder: Path, config: NoseViTConfig, records: Records, base_model
         front_matter(["hf_nose"], base_model_id),
         "# Vision Transformer compressed by hf_nose, as a plain ViT",
         state_of_layers(config),
-        "This form loads with nothing but transformers. **It saves nothing**: where attention was removed there is one "
-        "again, with an output projection of zero, which costs parameters, memory and time like any other. The "
+        "This form loads with nothing but transformers. **It saves nothing**: where attention was removed there is "
+        "one again, with an output projection of zero, which costs parameters, memory and time like any other. The "
         "compressed checkpoint is the ordinary form.",
         "```python\nfrom transformers import AutoModelForImageClassification\n\n"
         'model = AutoModelForImageClassification.from_pretrained(".")\n```',

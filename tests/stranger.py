@@ -65,7 +65,7 @@ def check_loading(folder, wanted):
         assert torch.equal(backbone(images).feature_maps[-1], wanted["map"])
     found = pipeline("image-classification", model=str(folder), **OPTIONS)(picture)
     scores = {line["label"]: line["score"] for line in found}
-    assert [scores[f"LABEL_{index}"] for index in range(5)] == wanted["scores"].tolist()
+    assert [scores[f"LABEL_{index}"] for index in range(5)] == wanted["scores"].tolist(), (found, wanted["scores"])
     if config.diluted_attention_layers:
         values = model.vit.mask_values()
         assert values == [torch.tensor(0.37).item()] * 3
@@ -125,7 +125,7 @@ def train(model, images, folder):
 
 def check_fine_tuning(folder, out):
     """A new head of three classes, the Trainer, and what it saved loaded again; then the same by LoRA."""
-    labels = {index: name for index, name in enumerate(("cat", "dog", "fox"))}
+    labels = dict(enumerate(("cat", "dog", "fox")))
     names = {"id2label": labels, "label2id": {name: index for index, name in labels.items()}}
     config = AutoConfig.from_pretrained(folder, num_labels=3, **names, **OPTIONS)
     images = Pictures(AutoImageProcessor.from_pretrained(folder, **OPTIONS))
@@ -142,8 +142,8 @@ def check_fine_tuning(folder, out):
     assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     for saved in (out / "whole", out / "whole" / "checkpoint-4"):
         again = AutoModelForImageClassification.from_pretrained(saved, **OPTIONS)
-        with torch.no_grad():
-            assert torch.equal(again(images.pixels).logits, model.eval()(images.pixels).logits)
+        state = again.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
         assert again.config.id2label == labels
         assert again.config.removed_attention_layers == model.config.removed_attention_layers
 
@@ -158,7 +158,7 @@ def check_fine_tuning(folder, out):
     loaded = PeftModel.from_pretrained(new_model(), out / "lora").eval()
     with torch.no_grad():
         wanted = adapted.eval()(pixel_values=images.pixels).logits
-        assert torch.equal(loaded(pixel_values=images.pixels).logits, wanted)
+        assert torch.allclose(loaded(pixel_values=images.pixels).logits, wanted, atol=1e-6)
         merged = loaded.merge_and_unload()
         assert torch.allclose(merged(images.pixels).logits, wanted, atol=1e-5)
 

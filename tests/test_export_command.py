@@ -1,10 +1,12 @@
 """`hf-nose export`: what is refused, where it writes, what it prints."""
 
 import json
+import shutil
 
 import pytest
 from exported import checkpoint, made_run
-from tiny_run import files
+from reference_vit import nose
+from tiny_run import files, finished_run, record
 
 from hf_nose.cli import BAD_INPUT, FAILED, OK, main
 from hf_nose.export_command import FORMATS, default_folder
@@ -26,6 +28,7 @@ from hf_nose.export_command import FORMATS, default_folder
 def test_bad_input_is_one_line_and_two(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source = checkpoint(tmp_path / "model", "half-diluted")
+    capsys.readouterr()
     assert main(["export", *[word.replace("MODEL", str(source)) for word in words]]) == BAD_INPUT
     said = capsys.readouterr().err
     assert said.startswith("hf-nose: ") and message in said and "Traceback" not in said
@@ -56,8 +59,6 @@ def test_where_it_writes(tmp_path):
 def test_all_formats_of_a_run(tmp_path, capsys, monkeypatch):
     run = made_run(tmp_path / "run")
     # The eps of these tests is one that a plain ViT cannot follow.
-    from reference_vit import nose
-
     nose([1, 3]).save_pretrained(run / "model")
     wanted = {"hf": "modeling_nose_vit.py", "onnx": "model.onnx", "stock-vit": "README.md"}
     assert set(wanted) == set(FORMATS)
@@ -75,9 +76,15 @@ def test_all_formats_of_a_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_onnx_of_a_real_run_measured_in_int8(tmp_path_factory, tmp_path, capsys):
-    from tiny_run import finished_run, record
+def test_a_stage_that_is_run_again_drops_the_export(tmp_path_factory, tmp_path):
+    run = shutil.copytree(finished_run(tmp_path_factory), tmp_path / "run")
+    assert main(["export", str(run)]) == OK and (run / "export" / "hf" / "config.json").is_file()
+    assert main(["fold", str(run)]) == OK
+    assert not (run / "export").exists()
 
+
+@pytest.mark.slow
+def test_onnx_of_a_real_run_measured_in_int8(tmp_path_factory, tmp_path, capsys):
     run = finished_run(tmp_path_factory)
     words = ["--format", "onnx", "--int8", "--dataset", "digits", "--max_eval_samples", "20", "--eval_batch_size", "8"]
     assert main(["export", str(run), *words, "--output_dir", str(tmp_path / "out")]) == OK

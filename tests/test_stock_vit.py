@@ -45,6 +45,8 @@ def test_what_was_removed_is_zero_and_saves_nothing():
     for layer, block in enumerate(stock.vit.layers):
         assert bool(block.attention.o_proj.weight.any()) == (layer not in LAYERS)
         assert bool(block.attention.o_proj.bias.any()) == (layer not in LAYERS)
+        if layer in LAYERS:
+            assert bool((block.layernorm_before.weight == 1).all()) and not block.layernorm_before.bias.any()
 
 
 def test_the_model_is_left_as_it_is():
