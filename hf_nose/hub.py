@@ -15,12 +15,13 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, Of
 from huggingface_hub.utils import validate_repo_id
 
 from .configuration_nose_vit import __version__
-from .inspection import check_weights
+from .export_source import check_model
+from .privacy import check_publishable
 
 
 CARD = "README.md"
 LIBRARY = "transformers"
-TAGS = ("hf_nose", "nose_vit", "vision", "pruning", "arxiv:2404.05657")
+TAGS = ("hf_nose",)
 TASKS = {"ForImageClassification": "image-classification", "Model": "image-feature-extraction"}
 # Loading one of these runs what is in it.
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -135,7 +136,7 @@ def push_folder(
             Hub id of the dense model, for a card that names none.
 
     Raises:
-        `ValueError`: as [`listed_files`] and [`~hf_nose.inspection.check_weights`], before anything is sent.
+        `ValueError`: as [`listed_files`] and [`~hf_nose.export_source.check_model`], before anything is sent.
         [`PushError`]: where the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
@@ -186,7 +187,8 @@ def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None
     if create_pr and "/" not in repo_id:
         raise ValueError(f"repo_id of a pull request must be OWNER/NAME, got {repo_id!r}.")
     files = listed_files(folder)
-    check_weights(folder)
+    check_model(folder)
+    check_publishable(folder)
     return files
 
 

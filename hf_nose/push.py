@@ -1,12 +1,15 @@
-"""`hf-nose push`: what a run has exported, or any other checkpoint's folder with a card, to the Hub."""
+"""`hf-nose push`: a run by its export, or any other checkpoint's folder with a card, to the Hub."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .files import read_json
@@ -28,7 +31,7 @@ def push_parser() -> argparse.ArgumentParser:
         description="Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. "
         "The token is that of `hf auth login` or HF_TOKEN.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of an exported run, or of a checkpoint")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a checkpoint with a card")
     parser.add_argument("--repo_id", metavar="ID", help="OWNER/NAME, or NAME for your own; the run's name by default")
     parser.add_argument(
         "--format", choices=tuple(BRANCHES), default="hf", help="which export of the run; stock-vit is revision stock"
@@ -51,7 +54,8 @@ def run_push(arguments: list[str]) -> None:
     if is_dry:
         from .hub import check_push
 
-        files = check_push(exported(run, form), options["repo_id"], options["create_pr"], options["revision"])
+        with exported(run, form, is_kept=False) as folder:
+            files = check_push(folder, options["repo_id"], options["create_pr"], options["revision"])
         record: dict[str, Any] = {"dry_run": True, "repo_id": options["repo_id"], "files": files}
         text = file_table(files) + f"\nDry run: nothing was sent to {options['repo_id']}."
     else:
@@ -61,10 +65,11 @@ def run_push(arguments: list[str]) -> None:
 
 
 def push_run(run: Path, form: str = "hf", **options: Any) -> Push:
-    """Pushes what a run has exported; see [`~hf_nose.hub.push_folder`]."""
+    """Pushes a run by its export; see [`~hf_nose.hub.push_folder`]."""
     from .hub import push_folder
 
-    return push_folder(exported(run, form), base_model=base_model(run), **options)
+    with exported(run, form) as folder:
+        return push_folder(folder, base_model=base_model(run), **options)
 
 
 def push_finished(run: Path, repo_id: str | None, private: bool) -> str:
@@ -79,12 +84,26 @@ def push_finished(run: Path, repo_id: str | None, private: bool) -> str:
         raise PushError(f"The run is finished, but the push is not. {error} Repeat it by `{again}`.") from None
 
 
-def exported(run: Path, form: str = "hf") -> Path:
-    """The folder that a push of `run` sends: its export, or `run` itself where that is a checkpoint."""
-    for folder in (run / "export" / form, run):
-        if (folder / "config.json").is_file():
-            return folder
-    raise ValueError(f"{run} holds no exported checkpoint: make one by `hf-nose export {run} --format {form}`.")
+@contextmanager
+def exported(run: Path, form: str = "hf", is_kept: bool = True) -> Iterator[Path]:
+    """
+    The folder that a push of `run` sends: `run` itself where that is a checkpoint, else its export. One that is there
+    is sent as it is, with whatever was written into its card; where there is none it is made, and kept or not.
+    """
+    found = [folder for folder in (run, run / "export" / form) if (folder / "config.json").is_file()]
+    with TemporaryDirectory() as place:
+        yield found[0] if found else export(run, run / "export" / form if is_kept else Path(place) / form, form)
+
+
+def export(run: Path, folder: Path, form: str) -> Path:
+    """What `hf-nose export` makes of a run."""
+    if form == "hf":
+        from .export import export_folder
+
+        return export_folder(run, folder)
+    from .stock_vit import export_stock_vit
+
+    return export_stock_vit(run, folder)
 
 
 def base_model(run: Path) -> str | None:

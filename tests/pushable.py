@@ -1,23 +1,16 @@
-"""Folders as `hf-nose export` leaves them: a tiny NoseViT with its code, its image processor and a card."""
+"""Folders as `hf-nose export` leaves them, of a tiny NoseViT, with a figure and a card of one's own."""
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import ViTConfig
 
 from hf_nose import NoseViTConfig, NoseViTForImageClassification, fold
+from hf_nose.export import export_folder
 from hf_nose.images import digits_processor
 
 
-PACKAGE = Path(__file__).resolve().parents[1] / "hf_nose"
-AUTO_MAP = {
-    "AutoConfig": "configuration_nose_vit.NoseViTConfig",
-    "AutoModel": "modeling_nose_vit.NoseViTModel",
-    "AutoModelForImageClassification": "modeling_nose_vit.NoseViTForImageClassification",
-    "AutoBackbone": "backbone_nose_vit.NoseViTBackbone",
-}
 CARD = """---
 license: apache-2.0
 base_model: facebook/deit-tiny-patch16-224
@@ -46,16 +39,14 @@ def tiny_nose_vit(kind: str) -> NoseViTForImageClassification:
 
 
 def exported(folder: Path, model: NoseViTForImageClassification) -> Path:
-    """The folder of a model that loads without hf_nose."""
-    model.save_pretrained(folder)
-    digits_processor().save_pretrained(folder)
-    for path in PACKAGE.glob("*_nose_vit.py"):
-        shutil.copyfile(path, folder / path.name)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+    """The folder of a model that loads without hf_nose; the model as it was saved stands beside it."""
+    source = folder.with_name(f"{folder.name}-source")
+    model.save_pretrained(source)
+    digits_processor().save_pretrained(source)
+    (source / "figures").mkdir()
+    Image.new("RGB", (8, 8)).save(source / "figures" / "trajectory.png")
+    export_folder(source, folder)
     (folder / "README.md").write_text(CARD)
-    (folder / "figures").mkdir(exist_ok=True)
-    (folder / "figures" / "trajectory.png").write_bytes(b"\x89PNG not quite")
     return folder
 
 

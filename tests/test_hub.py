@@ -1,12 +1,14 @@
 """Pushing by a real client to a Hub on this machine: what arrives, and every way in which it can go wrong."""
 
 import json
+import shutil
 
 import pytest
 from hub_driver import HubDriver
 from hub_stand_in import READER, WRITER, HubStandIn
 from huggingface_hub import ModelCard
 from pushable import contents, exported, tiny_nose_vit
+from tiny_run import finished_run
 
 from hf_nose.cli import BAD_INPUT, FAILED, OK
 
@@ -109,7 +111,7 @@ def test_the_card_gets_the_metadata_it_lacks_and_keeps_every_word(hub, push):
     data = ModelCard(card).data
     assert data.library_name == "transformers" and data.pipeline_tag == "image-classification"
     assert data.base_model == "facebook/deit-tiny-patch16-224" and data.license == "apache-2.0"
-    assert data.tags[0] == "mine" and {"hf_nose", "arxiv:2404.05657"} <= set(data.tags)
+    assert data.tags == ["mine", "hf_nose"]
 
 
 def test_a_second_push_of_the_same_sends_and_commits_nothing(hub, push):
@@ -198,6 +200,31 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(hub, push, folder):
     for name, size in [*files.items(), (f"{len(files)} files", sum(files.values()))]:
         assert f"{size:,} bytes  {name}\n" in done.out
     assert json.loads(push("--dry_run", "--json").out)["files"] == files
+
+
+def test_a_run_pushes_its_result_when_it_is_finished(hub, driver, tmp_path, tmp_path_factory):
+    run = shutil.copytree(finished_run(tmp_path_factory), tmp_path / "digits-nose")
+    again = ("run", "--resume", f"--output_dir={run}", "--push_to_hub")
+    before = contents(run)
+    done = driver.verb(*again, HF_TOKEN=READER)
+    assert "The token may only read" in failure(done) and contents(run) == before
+
+    fault = hub.fail("POST .*/commit/", 503)
+    done = driver.verb(*again)
+    assert done.code == FAILED and "The run is finished, but the push is not. you/digits-nose: sending" in done.error
+    assert f"Repeat it by `hf-nose push {run} --repo_id digits-nose`" in done.error
+
+    fault.times = 0
+    (run / "export" / "hf" / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+    done = driver.verb(*again)
+    assert done.code == OK, done.err
+    repository = hub.repository("you/digits-nose")
+    assert f"{hub.url}/you/digits-nose/commit/{repository.at().sha}" in done.out
+    assert repository.files()["README.md"].endswith(b"---\nMy own words.\n")
+    assert {"config.json", "model.safetensors", "modeling_nose_vit.py", "selection.json"} <= set(repository.files())
+    assert len(repository.titles()) == 2
+    kept = (run / "settings.yaml").read_text() + done.out + done.err
+    assert "push_to_hub" not in kept and WRITER not in kept
 
 
 # What goes wrong

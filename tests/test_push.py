@@ -14,7 +14,7 @@ from hf_nose.cli import BAD_INPUT, FAILED, OK, main
 from hf_nose.command_line import parse_settings
 from hf_nose.files import write_json
 from hf_nose.hub import TAGS, PushError, check_token, completed_card, holds, listed_files
-from hf_nose.inspection import check_weights
+from hf_nose.images import digits_processor
 from hf_nose.push import base_model, push_finished
 from hf_nose.push import exported as exported_folder
 
@@ -70,24 +70,45 @@ def test_a_dry_run_tells_files_and_bytes(folder, capsys):
     assert said == {"dry_run": True, "repo_id": "you/vit", "files": sizes}
 
 
-def test_a_run_is_pushed_from_its_export_under_its_own_name(folder, tmp_path, capsys):
-    run = tmp_path / "deit-b-nose40"
-    shutil.copytree(folder, run / "export" / "hf")
-    (run / "settings.yaml").write_text("seed: 0\n")
+@pytest.fixture
+def run(tmp_path):
+    """As much of a run's folder as an export needs."""
+    tiny_nose_vit("folded").save_pretrained(tmp_path / "deit-b-nose40" / "model")
+    digits_processor().save_pretrained(tmp_path / "deit-b-nose40" / "model")
+    (tmp_path / "deit-b-nose40" / "settings.yaml").write_text("seed: 0\n")
+    return tmp_path / "deit-b-nose40"
+
+
+def test_a_dry_run_of_a_run_leaves_nothing_and_has_its_name(run, capsys):
+    before = contents(run)
     assert main(["push", str(run), "--dry_run"]) == OK
     said = capsys.readouterr().out
-    assert "bytes  model.safetensors" in said and "nothing was sent to deit-b-nose40" in said
-    assert "hf-nose export" in refused(capsys, run, "--dry_run", "--format", "stock-vit")
-    assert exported_folder(run) == run / "export" / "hf" and exported_folder(folder) == folder
+    assert "bytes  modeling_nose_vit.py" in said and "nothing was sent to deit-b-nose40" in said
+    assert main(["push", str(run), "--dry_run", "--format", "stock-vit"]) == OK
+    said = capsys.readouterr().out
+    assert "bytes  model.safetensors" in said and "nose_vit.py" not in said
+    assert contents(run) == before
+
+
+def test_an_export_is_made_once_and_then_sent_as_it_is(run, folder):
+    with exported_folder(run) as made:
+        assert made == run / "export" / "hf"
+    (made / "README.md").write_text("---\nlicense: mit\n---\nMy own words.\n")
+    before = contents(run)
+    with exported_folder(run) as again:
+        assert again == made and contents(run) == before
+    with exported_folder(run, is_kept=False) as kept:
+        assert kept == made
+    with exported_folder(folder) as checkpoint:
+        assert checkpoint == folder
 
 
 def test_what_is_no_run_gets_no_name(folder, capsys):
     assert "give --repo_id" in refused(capsys, folder)
 
 
-def test_a_run_without_export_is_told_how_to_make_one(tmp_path, capsys):
-    line = refused(capsys, tmp_path, "--repo_id", "you/vit")
-    assert f"hf-nose export {tmp_path} --format hf" in line
+def test_a_folder_of_neither_a_run_nor_a_checkpoint(tmp_path, capsys):
+    assert "holds no config.json: give the folder of a run" in refused(capsys, tmp_path, "--repo_id", "you/vit")
 
 
 def test_the_base_model_is_what_the_run_knows(tmp_path):
@@ -133,10 +154,10 @@ def test_no_token_is_said_at_once(monkeypatch):
         check_token()
 
 
-def test_a_finished_run_whose_push_fails_is_told_how_to_repeat_it(folder, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(folder, run / "export" / "hf")
-    with pytest.raises(PushError, match=r"The run is finished, but.*`hf-nose push .*run --repo_id you/vit --private`"):
+def test_a_finished_run_whose_push_fails_is_told_how_to_repeat_it(run):
+    with pytest.raises(
+        PushError, match=r"The run is finished, but.*`hf-nose push .*nose40 --repo_id you/vit --private`"
+    ):
         push_finished(run, "you/vit", private=True)
 
 
@@ -171,6 +192,11 @@ def test_pickles_stay_at_home(name, folder, capsys):
     assert f"{name} in" in (line := refused(capsys, folder, "--repo_id", "you/vit")) and "pickle" in line
 
 
+def test_paths_of_this_machine_stay_at_home(folder, capsys):
+    (folder / "README.md").write_text(CARD + "Trained in /home/somebody/runs.\n")
+    assert "an absolute path" in refused(capsys, folder, "--repo_id", "you/vit")
+
+
 def test_a_token_in_a_file_stays_at_home(folder, capsys, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_this_machine")
     assert set(listed_files(folder)) == set(contents(folder))
@@ -185,17 +211,13 @@ def test_a_secret_is_found_across_the_pieces_it_is_read_in(start, tmp_path):
     assert holds(tmp_path / "file", b"hf_secret") and not holds(tmp_path / "file", b"hf_public")
 
 
-def test_weights_are_those_of_the_configuration(made):
-    check_weights(made)
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda weights: weights.pop("vit.layers.0.attention.q_proj.weight"), "missing"),
-        (lambda weights: weights.pop("vit.dilution_mask"), "missing"),
-        (lambda weights: weights.update({"vit.extra": torch.zeros(1)}), "unexpected"),
-        (lambda weights: weights.update({"classifier.weight": torch.zeros(3, 12)}), "another shape"),
+        (lambda weights: weights.pop("vit.layers.0.attention.q_proj.weight"), "1 missing"),
+        (lambda weights: weights.pop("vit.dilution_mask"), "1 missing"),
+        (lambda weights: weights.update({"vit.extra": torch.zeros(1)}), "1 without a place"),
+        (lambda weights: weights.update({"classifier.weight": torch.zeros(3, 12)}), "1 of another shape"),
     ],
 )
 def test_weights_of_another_configuration(change, message, folder, capsys):
