@@ -20,6 +20,8 @@ VERBS = {
     "report": "figures and report, in the folder of a run",
     "transfer": "train any model, dense or compressed, on another data set",
     "evaluate": "accuracy of any model, dense or compressed",
+    "inspect": "what a checkpoint is: layers, M, costs",
+    "convert": "a released .pth of the paper's authors into a folded checkpoint",
     "env": "versions and hardware, for a bug report",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -46,6 +48,14 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         return environment(arguments)
     if verb == "evaluate":
         return evaluate(arguments)
+    if verb == "inspect":
+        from .inspection import inspect_verb
+
+        return inspect_verb(arguments)
+    if verb == "convert":
+        from .convert import convert_verb
+
+        return convert_verb(arguments)
     from transformers.utils import logging
 
     from .command_line import parse_settings

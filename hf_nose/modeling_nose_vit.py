@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .block_nose_vit import NoseViTLayer
 from .configuration_nose_vit import NoseViTConfig
-from .conversion_nose_vit import convert_vit
+from .conversion_nose_vit import check_loading, convert_vit
 
 
 MASK_GAINS = {"skip": 1, "double": 2}
@@ -35,8 +35,7 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
     base_model_prefix = "vit"
     _no_split_modules = ["ViTEmbeddings", "NoseViTLayer"]
     _can_record_outputs = {"hidden_states": NoseViTLayer, "attentions": ViTAttention}
-    # A dense checkpoint has no mask; M must not be rounded by a half-precision load.
-    _keys_to_ignore_on_load_missing = [r"dilution_mask$"]
+    # M must not be rounded by a half-precision load.
     _keep_in_fp32_modules_strict = ["dilution_mask"]
 
     def __init__(self, config: NoseViTConfig, *args, **kwargs):
@@ -52,11 +51,17 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """As in transformers, but `ValueError` where keys, head and pooler apart, are not the configuration's."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        # A dense checkpoint, asked to start its dilution, has no mask yet.
+        without_mask = "diluted_attention_layers" in kwargs
+        model, info = super().from_pretrained(*args, output_loading_info=True, **{"use_safetensors": True, **kwargs})
+        if without_mask:
+            info["missing_keys"] = {key for key in info["missing_keys"] if not key.endswith("dilution_mask")}
+        check_loading(model, info)
         # Weights are assigned here without `load_state_dict`, whose hook would have done it.
         nose_vit(model).sync_gains()
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_vit(

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_nose"
 # From the ground up: a module may import those before it and no other. A new module gets its place here.
 LAYERS = [
+    "guards_nose_vit",
     "configuration_nose_vit",
     "block_nose_vit",
     "conversion_nose_vit",
@@ -50,8 +51,13 @@ LAYERS = [
     "mixing",
     "metrics",
     "profiling",
+    "headers",
+    "inspection",
     "figures",
     "report",
+    "published",
+    "cards",
+    "convert",
     "options",
     "settings",
     "command_line",
