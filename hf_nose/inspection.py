@@ -1,4 +1,4 @@
-"""What a checkpoint is, told by its configuration and the header of its weights: nothing is executed, nothing loaded."""
+"""What a checkpoint is, told by its configuration and the header of its weights: nothing is executed or loaded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from huggingface_hub import hf_hub_download, is_offline_mode, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import apply_renamings
 
+from .backbone_nose_vit import NoseViTBackbone
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import unsupported
 from .headers import DTYPES, INDEX, MASK, WEIGHTS, Header, local_header, remote_header, summary
@@ -29,6 +29,7 @@ from .records import public_name
 CLASSES: dict[str, type[NoseViTPreTrainedModel]] = {
     "NoseViTForImageClassification": NoseViTForImageClassification,
     "NoseViTModel": NoseViTModel,
+    "NoseViTBackbone": NoseViTBackbone,
     "ViTForImageClassification": NoseViTForImageClassification,
     "ViTModel": NoseViTModel,
 }
@@ -123,8 +124,8 @@ def inspect_checkpoint(source: str, revision: str | None = None) -> dict[str, An
 
 
 def read_config(source: str, revision: str | None = None) -> tuple[NoseViTConfig, str]:
-    """The configuration in a folder or under a Hub id, a dense `vit`'s as a NoseViT's, and whose keys the weights have."""
-    values = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    """The configuration in a folder or under a Hub id (a `vit`'s as a NoseViT's), and whose keys the weights have."""
+    values = config_values(source, revision)
     if values.get("model_type") not in ("vit", "nose_vit"):
         raise ValueError(unsupported(values.get("model_type")))
     try:
@@ -142,6 +143,23 @@ def read_config(source: str, revision: str | None = None) -> tuple[NoseViTConfig
     return config, architectures[0]
 
 
+def config_values(source: str, revision: str | None) -> dict[str, Any]:
+    """What config.json says; `ValueError` where it is missing in a folder, or no JSON object."""
+    is_folder = Path(source).is_dir()
+    path = (
+        Path(source) / "config.json" if is_folder else Path(hf_hub_download(source, "config.json", revision=revision))
+    )
+    if not path.is_file():
+        raise ValueError(f"{path.parent.name} is no checkpoint: it holds no config.json.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config.json is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json must hold an object, got {type(values).__name__}.")
+    return values
+
+
 def compare(config: NoseViTConfig, architecture: str, header: Header) -> None:
     """Refuses tensors that are missing, unexpected, or of a shape or dtype that the model does not have."""
     renamings = [] if architecture.startswith("Nose") else get_checkpoint_conversion_mapping("ViTModel")
@@ -155,8 +173,8 @@ def compare(config: NoseViTConfig, architecture: str, header: Header) -> None:
     )
     if missing or unexpected:
         raise ValueError(
-            f"The weights do not fit config.json: {len(missing)} missing ({missing[:4]}), {len(unexpected)} unexpected "
-            f"({unexpected[:4]}). removed_attention_layers {config.removed_attention_layers} and "
+            f"The weights do not fit config.json: {len(missing)} missing ({missing[:4]}), {len(unexpected)} "
+            f"unexpected ({unexpected[:4]}). removed_attention_layers {config.removed_attention_layers} and "
             f"diluted_attention_layers {config.diluted_attention_layers} must be those of the weights."
         )
     for key, shape in expected.items():
