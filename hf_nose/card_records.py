@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,14 @@ def card_record(name: str, model: dict[str, Any], **values: Any) -> dict[str, An
     return {**record, **values}
 
 
-def model_record(
-    config: NoseViTConfig, mask: list[float] | None = None, chosen_by: str = "as given"
-) -> dict[str, Any]:
-    """What a card says of the model itself."""
+def model_record(config: NoseViTConfig, mask: Sequence[float] = (), chosen_by: str = "as given") -> dict[str, Any]:
+    """What a card says of the model itself; `chosen_by` where no search of the run's did."""
     return {
         "num_hidden_layers": config.num_hidden_layers,
         "num_removed": len(config.removed_attention_layers),
         "removed": list(config.removed_attention_layers),
         "diluted": list(config.diluted_attention_layers),
-        "mask": mask or [],
+        "mask": list(mask),
         "image_size": config.image_size,
         "chosen_by": chosen_by,
     }
@@ -82,12 +81,15 @@ def run_record(folder: Path, repo_id: str | None = None, license: str | None = N
     told = {name: settings[name] for name in TOLD if name in settings}
     if settings.get("teacher") is not None:
         told["teacher"] = public_name(settings["teacher"])
-    shared = {"repo_id": repo_id, "license": license, "settings": told}
+    shared: dict[str, Any] = {"repo_id": repo_id, "license": license, "settings": told}
     first = read_json(folder / RECORDS["evaluate"]) if (folder / RECORDS["evaluate"]).is_file() else {}
     is_transfer = "method" in first
     records = {} if is_transfer else read_records(folder)
     if not is_transfer and "prepare" not in records:
         raise ValueError(f"{folder.name} is not the folder of a run: it holds no {RECORDS['prepare']}.")
+    if "dilution" in records:
+        # None in the settings stands for what suits the schedule.
+        told["feature_compensation"] = records["dilution"]["feature_compensation"]
     start = first if is_transfer else records["prepare"]
     base, data = start["model"], start["data"]
     return card_record(
@@ -111,7 +113,7 @@ def transfer_experiment(record: dict[str, Any]) -> dict[str, Any]:
     top1, top5 = (f"{100 * metrics[name]:.1f}" for name in ("top1", "top5"))
     return {
         "title": "Transfer",
-        "text": f"Learnt by {record['method']}: {record['trainable_parameters']} parameters, {training['steps']} steps.",
+        "text": f"{record['method']}: {record['trainable_parameters']} parameters trained, {training['steps']} steps.",
         "headline": [f"Top-1 {top1} % on {metrics['num_images']} images; no dense model was trained beside it."],
         "table": [["", "top-1 %", "top-5 %", "loss"], ["this model", top1, top5, f"{metrics['loss']:.4f}"]],
         "note": "Without a dense model trained alike this says nothing of what the removal cost.",
@@ -140,6 +142,9 @@ def recipe_record(name: str) -> dict[str, Any]:
     # Which layers go changes neither parameters nor MACs.
     compressed = NoseViTConfig.from_vit(config, **layers(removed=given or list(range(count))))
     who = "the paper's set" if base.size == "b" else "the set of the authors' scripts"
+    who = (
+        who if given else "Which layers go is searched in the run: the paper gives figures for this ratio and no set."
+    )
     model = {**model_record(compressed, chosen_by=who), "removed": given}
     return card_record(
         name,

@@ -17,6 +17,7 @@ MEASURES = {
     "top5": "top-5 %",
     "params_m": "parameters, M",
     "gmacs": "MACs, G",
+    "mmacs": "MACs, M",
     "images_per_s": "images/s",
     "images_in_10gb": "images in 10 GB",
 }
@@ -65,7 +66,7 @@ def summary(record: dict[str, Any]) -> str:
     which = f" (blocks {listed(gone)}, counted from 0)" if gone else ""
     return (
         f"A Vision Transformer, {base}, without {model['num_removed']} of its {total} attention layers{which}, by "
-        "[MLP Can Be A Good Transformer Learner](https://arxiv.org/abs/2404.05657) (CVPR 2024), in the format of hf_nose."
+        "[MLP Can Be A Good Transformer Learner](https://arxiv.org/abs/2404.05657) (CVPR 2024), in hf_nose's format."
     )
 
 
@@ -107,14 +108,14 @@ def removal(record: dict[str, Any]) -> list[str]:
     selection, model = record["records"].get("selection"), record["model"]
     if selection is None or selection["search"] == "given":
         if not model["removed"]:
-            return ["Which layers go is searched in the run."]
+            return [escape(model["chosen_by"])]
         chosen = escape(model["chosen_by"])
         return [f"Attention layers {listed(model['removed'])}, {chosen}: nothing was searched here."]
     calibration = selection["calibration"]
     kinds = ", ".join(f"{name} {escape(str(selection[name]))}" for name in ("criterion", "search", "mask", "target"))
     return [
-        f"Attention layers {listed(selection['layers'])}, in the order picked: losing them changes the output least, by "
-        f"the measure searched with ({kinds}).",
+        f"Attention layers {listed(selection['layers'])}, in the order picked: losing them changes the output least, "
+        f"by the measure searched with ({kinds}).",
         f"Measured on {calibration['num_images']} calibration images of the training split, SHA-256 "
         f"`{word(calibration['sha256'])}`.",
     ]
@@ -138,16 +139,15 @@ def comparison(record: dict[str, Any]) -> str:
 
 
 def cells(model: dict[str, Any]) -> dict[str, str]:
-    """Our figures of one model in the paper's units."""
-    made = {
-        "top1": lambda: f"{100 * model['top1']:.1f}",
-        "top5": lambda: f"{100 * model['top5']:.1f}",
-        "params_m": lambda: f"{model['parameters'] / 1e6:.{2 if model['parameters'] >= 1e6 else 4}f}",
-        "gmacs": lambda: f"{model['macs'] / 1e9:.{2 if model['macs'] >= 1e9 else 4}f}",
-        "images_per_s": lambda: f"{model['images_per_s']:.0f}",
-    }
-    keys = {"params_m": "parameters", "gmacs": "macs"}
-    return {name: text() for name, text in made.items() if keys.get(name, name) in model}
+    """Our figures of one model in the paper's units; what was not measured is left out."""
+    made = {name: f"{100 * model[name]:.1f}" for name in ("top1", "top5") if name in model}
+    if "parameters" in model:
+        count, macs = model["parameters"], model["macs"]
+        made["params_m"] = f"{count / 1e6:.{2 if count >= 1e6 else 3}f}"
+        made |= {"gmacs": f"{macs / 1e9:.2f}"} if macs >= 1e8 else {"mmacs": f"{macs / 1e6:.2f}"}
+    if "images_per_s" in model:
+        made["images_per_s"] = f"{model['images_per_s']:.0f}"
+    return made
 
 
 def notes(record: dict[str, Any]) -> list[str]:
@@ -167,12 +167,12 @@ def notes(record: dict[str, Any]) -> list[str]:
             ratio = compressed["ratio_to_dense"]
             faster = "faster than" if round(ratio, 2) > 1 else "not faster than"
             lines.append(f"The compressed model is {faster} the dense one there: {ratio:.2f} times its images/s.")
-    elif record["counted"] is not None:
+    elif record["counted"] is not None and record["experiment"] is None:
         lines.append("Ours: parameters and MACs counted from the configuration; nothing was run.")
     if published is not None:
         lines.append(
-            f"The paper's: Table {escape(published['table'])}, {escape(published['setting'])}, float32. Its speeds and "
-            "ours are from different machines and must not be compared."
+            f"The paper's: Table {escape(published['table'])}, {escape(published['setting'])}, float32. Its speeds "
+            "and ours are from different machines and must not be compared."
         )
     elif record["experiment"] is None:
         lines.append("The paper has no figure for this model on these data.")
@@ -250,9 +250,7 @@ def limits(record: dict[str, Any]) -> list[str]:
     if record["experiment"] is not None:
         lines.append("Trained to compare methods, not to be used: few images, short training.")
     if model["diluted"]:
-        lines.append(
-            "It is not finished: training in hf_nose goes on, or `set_mask(0.0)` and `fold` end the dilution."
-        )
+        lines.append("It is not finished: train on with hf_nose, or end the dilution by `set_mask(0.0)` and `fold`.")
     return lines
 
 
@@ -261,7 +259,7 @@ def licence_words(record: dict[str, Any]) -> str:
     known = licence(record)
     if known is None:
         base = escape(record["base_model"])
-        return f"The weights derive from {base}, under its licence, which this card does not know. The code is Apache-2.0."
+        return f"The weights derive from {base}, whose licence this card does not know. The code is Apache-2.0."
     if record["base_model_id"] is None:
         return f"{escape(known)}."
     return f"{escape(known)}, that of {escape(record['base_model'])}. The code is Apache-2.0."

@@ -103,7 +103,7 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
         datasets=None if record["dataset_id"] is None else [record["dataset_id"]],
         tags=TAGS,
         metrics=["accuracy"] if results else None,
-        model_name=record["name"],
+        model_name=record["name"] if results else None,
         eval_results=results or None,
     )
 

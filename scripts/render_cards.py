@@ -101,7 +101,7 @@ def digits_record(folder: Path) -> dict[str, Any]:
         license="apache-2.0",
         dataset="scikit-learn's handwritten digits",
         records=run,
-        settings={**first["settings"], "dense_steps": first["dense_steps"]},
+        settings={**first["settings"], **first["training"], "dense_steps": first["dense_steps"]},
         experiment={
             "title": "Three seeds, every control",
             "text": f"{steps['dense']} dense steps, then {steps['after']} more for every arm; {summary['num_images']} "
@@ -163,9 +163,9 @@ def cifar_record(folder: Path) -> dict[str, Any]:
         },
         experiment={
             "title": "Every arm, every seed",
-            "text": f"{summary['num_train']} training images at {summary['image_size']} px, all {summary['num_images']} "
-            f"test images; seeds {', '.join(map(str, summary['seeds']))}. The dense model took "
-            f"{first['training']['steps']} steps, every arm {paper['training']['steps']} more.",
+            "text": f"{summary['num_train']} training images at {summary['image_size']} px, all "
+            f"{summary['num_images']} test images; seeds {', '.join(map(str, summary['seeds']))}. The dense model "
+            f"took {first['training']['steps']} steps, every arm {paper['training']['steps']} more.",
             "headline": cifar_headline(arms, best),
             "table": [
                 [
