@@ -76,6 +76,8 @@ def run_record(folder: Path, repo_id: str | None = None, license: str | None = N
     Raises:
         `ValueError`: where the folder holds no model, or its records are damaged.
     """
+    if not (folder / "model").is_dir():
+        raise ValueError(f"{folder.name} is not the folder of a finished run: it holds no model.")
     config, _ = read_config(str(folder / "model"))
     settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
     told = {name: settings[name] for name in TOLD if name in settings}

@@ -84,11 +84,13 @@ def metadata(record: dict[str, Any]) -> ModelCardData:
         if record[name] is not None:
             validate_repo_id(record[name])
     word(record["name"])
+    # On one line: a line of dashes would end the front matter.
+    dataset = " ".join(record["dataset"].split())
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=record["dataset_id"] or record["dataset"],
-            dataset_name=record["dataset"],
+            dataset_type=record["dataset_id"] or dataset,
+            dataset_name=dataset,
             metric_type="accuracy",
             metric_name=f"{name} accuracy",
             metric_value=value,
