@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import ViTConfig
 
 from .card_words import TOLD
 from .command_line import read_recipe, recipe_path
@@ -132,13 +133,13 @@ def recipe_record(name: str) -> dict[str, Any]:
     base = BASES.get(recipe["model"])
     if base is None or recipe["dataset"] != IMAGENET:
         raise ValueError(f"recipe must start from one of {sorted(BASES)} on {IMAGENET}, got {recipe['model']}.")
-    config = NoseViTConfig(
+    dense_vit = ViTConfig(
         hidden_size=base.hidden_size,
         num_attention_heads=base.hidden_size // HEAD_SIZE,
         intermediate_size=4 * base.hidden_size,
         num_hidden_layers=NUM_BLOCKS,
-        num_labels=1000,
     )
+    config = NoseViTConfig.from_vit(dense_vit, num_labels=1000)
     given = parse_layers(recipe["layers"]) if "layers" in recipe else []
     count = len(given) or round(recipe["ratio"] * NUM_BLOCKS)
     # Which layers go changes neither parameters nor MACs.

@@ -140,7 +140,7 @@ def comparison(record: dict[str, Any]) -> str:
 
 def cells(model: dict[str, Any]) -> dict[str, str]:
     """Our figures of one model in the paper's units; what was not measured is left out."""
-    made = {name: f"{100 * model[name]:.1f}" for name in ("top1", "top5") if name in model}
+    made: dict[str, str] = {name: f"{100 * model[name]:.1f}" for name in ("top1", "top5") if name in model}
     if "parameters" in model:
         count, macs = model["parameters"], model["macs"]
         made["params_m"] = f"{count / 1e6:.{2 if count >= 1e6 else 3}f}"

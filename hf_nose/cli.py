@@ -49,11 +49,11 @@ def dispatch(verb: str, arguments: list[str]) -> None:
     if verb == "evaluate":
         return evaluate(arguments)
     if verb == "inspect":
-        from .inspection import inspect_verb
+        from .checkpoint_verbs import inspect_verb
 
         return inspect_verb(arguments)
     if verb == "convert":
-        from .convert import convert_verb
+        from .checkpoint_verbs import convert_verb
 
         return convert_verb(arguments)
     from transformers.utils import logging

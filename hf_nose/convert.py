@@ -6,8 +6,7 @@ import argparse
 import math
 import pickle
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -223,15 +222,3 @@ def check_shapes(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> N
     )
     if wrong:
         raise ValueError(f"{len(wrong)} tensors are missing, unknown or of another shape: {wrong[:4]}.")
-
-
-def convert_verb(arguments: Sequence[str]) -> None:
-    """`hf-nose convert FILE.pth`."""
-    parser = argparse.ArgumentParser(prog="hf-nose convert", allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="released checkpoint, such as base_01346.pth")
-    parser.add_argument("--output_dir", type=Path, help="new folder; deit-b-nose40 and the like by default")
-    parser.add_argument("--layers", help="removed layers, such as 0,1,3,4,6; read from the file's name otherwise")
-    parser.add_argument("--base_model", help="folder or Hub id that names the classes and processes the images")
-    options = parser.parse_args(arguments)
-    folder = convert_checkpoint(options.file, options.output_dir, options.layers, options.base_model)
-    sys.stdout.write(f"Written: {folder}\n")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -259,14 +257,3 @@ def described(record: dict[str, Any]) -> str:
     )
     lines.append(f"Format      {record['format_version']}, written by hf_nose {record['hf_nose_version']}")
     return "\n".join(lines)
-
-
-def inspect_verb(arguments: Sequence[str]) -> None:
-    """`hf-nose inspect ID`."""
-    parser = argparse.ArgumentParser(prog="hf-nose inspect", allow_abbrev=False)
-    parser.add_argument("model", help="folder or Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    options = parser.parse_args(arguments)
-    record = inspect_checkpoint(options.model, options.revision)
-    sys.stdout.write((json.dumps(record, indent=2) if options.json else described(record)) + "\n")

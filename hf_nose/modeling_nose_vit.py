@@ -55,7 +55,8 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         # A dense checkpoint, asked to start its dilution, has no mask yet.
         without_mask = "diluted_attention_layers" in kwargs
-        model, info = super().from_pretrained(*args, output_loading_info=True, **{"use_safetensors": True, **kwargs})
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        model, info = cast(tuple["NoseViTPreTrainedModel", dict], super().from_pretrained(*args, **kwargs))
         if without_mask:
             info["missing_keys"] = {key for key in info["missing_keys"] if not key.endswith("dilution_mask")}
         check_loading(model, info)
