@@ -23,6 +23,8 @@ VERBS = {
     "benchmark": "speed and memory of models side by side",
     "export": "a checkpoint as a folder that loads anywhere, as ONNX, or as a plain ViT",
     "push": "a checkpoint with its card to the Hub",
+    "inspect": "what a checkpoint is: layers, M, costs",
+    "convert": "a released .pth of the paper's authors into a folded checkpoint",
     "env": "versions and hardware, for a bug report",
 }
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -61,6 +63,14 @@ def dispatch(verb: str, arguments: list[str]) -> None:
         from .push import run_push
 
         return run_push(arguments)
+    if verb == "inspect":
+        from .checkpoint_verbs import inspect_verb
+
+        return inspect_verb(arguments)
+    if verb == "convert":
+        from .checkpoint_verbs import convert_verb
+
+        return convert_verb(arguments)
     from transformers.utils import logging
 
     from .command_line import parse_settings

@@ -8,7 +8,10 @@ from dataclasses import field
 
 from huggingface_hub.dataclasses import strict
 from transformers import ViTConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
+
+from .guards_nose_vit import check_lists, check_values
 
 
 __version__ = "0.1.0"
@@ -17,7 +20,8 @@ FORMAT_VERSION = 1
 MAX_HIDDEN_LAYERS = 1_000
 MAX_HIDDEN_SIZE = 65_536
 MAX_IMAGE_SIZE = 16_384
-MAX_LABELS = 1_000_000
+MAX_PATCHES = 1_048_576
+MAX_CHANNELS = 4_096
 
 
 @strict
@@ -84,6 +88,7 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        check_values(type(self), {**vars(self), **kwargs})
         for name in LAYER_LISTS:
             value = getattr(self, name)
             # Wrong types are left as they are: the strict type check that follows names the field.
@@ -98,10 +103,13 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
-        num_labels = kwargs.get("num_labels")
-        if num_labels is not None and not 0 <= num_labels <= MAX_LABELS:
-            raise ValueError(f"num_labels must be in [0, {MAX_LABELS}], got {num_labels}.")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; what is read from a file is bounded before it is looked at."""
+        check_lists(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_vit(cls, config: ViTConfig, **fields) -> "NoseViTConfig":
@@ -133,9 +141,23 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
             raise ValueError(
                 f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {self.num_attention_heads}."
             )
+        for name in ("pooler_output_size", "encoder_stride"):
+            if not 1 <= getattr(self, name) <= MAX_HIDDEN_SIZE:
+                raise ValueError(f"{name} must be in [1, {MAX_HIDDEN_SIZE}], got {getattr(self, name)}.")
         for name in ("chunk_size_feed_forward", "chunk_size_attention"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (off) or positive, got {getattr(self, name)}.")
+
+    def validate_rates(self):
+        """Refuses numbers and names that make a layer fail, or give NaN, only once it is built or run."""
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if not 0.0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range must be finite and at least 0, got {self.initializer_range}.")
+        for name in ("hidden_act", "pooler_act"):
+            if getattr(self, name) not in ACT2FN:
+                raise ValueError(f"{name} must name an activation of transformers, got {getattr(self, name)[:80]!r}.")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         if self.drop_path_schedule not in ("linear", "constant"):
@@ -151,8 +173,12 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
                 f"image_size must be in [patch_size, {MAX_IMAGE_SIZE}] and patch_size positive, one number or two; "
                 f"got {self.image_size} and {self.patch_size}."
             )
-        if self.num_channels < 1:
-            raise ValueError(f"num_channels must be at least 1, got {self.num_channels}.")
+        if (image[0] // patch[0]) * (image[1] // patch[1]) > MAX_PATCHES:
+            raise ValueError(
+                f"image_size {self.image_size} holds more than {MAX_PATCHES} patches of patch_size {self.patch_size}."
+            )
+        if not 1 <= self.num_channels <= MAX_CHANNELS:
+            raise ValueError(f"num_channels must be in [1, {MAX_CHANNELS}], got {self.num_channels}.")
 
     def validate_format(self):
         """Refuses what this code does not know; unknown keys alone would be kept in silence."""
@@ -164,17 +190,25 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
         if self.token_reduction is not None:
             raise ValueError(f"token_reduction is reserved and must be None, got {self.token_reduction!r}.")
 
-    def validate_attention_layers(self):
-        """Refuses indices out of range or doubled, and states that contradict each other."""
+    def validate_indices(self):
+        """Refuses indices out of range or doubled, and lists longer than the blocks."""
         last = self.num_hidden_layers - 1
         for name in LAYER_LISTS:
             layers = getattr(self, name)
+            if len(layers) > self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} holds more indices ({len(layers)}) than there are blocks ({self.num_hidden_layers})."
+                )
             if list(layers) != sorted(layers):
                 raise ValueError(f"{name} must be a sorted list, got {layers}. Build the config by its constructor.")
             if any(isinstance(index, bool) or not 0 <= index <= last for index in layers):
                 raise ValueError(f"{name} must hold block indices in [0, {last}], got {list(layers)}.")
             if len(set(layers)) != len(layers):
                 raise ValueError(f"{name} holds an index twice: {list(layers)}.")
+
+    def validate_states(self):
+        """Refuses states of a block that contradict each other."""
+        last = self.num_hidden_layers - 1
         removed, diluted = set(self.removed_attention_layers), set(self.diluted_attention_layers)
         compensated, folded = set(self.compensated_attention_layers), set(self.folded_attention_layers)
         if removed & diluted:

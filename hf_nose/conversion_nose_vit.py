@@ -95,6 +95,24 @@ def load_vit(cls: type[PreTrainedModel], name: str, num_labels: int | None) -> P
     return model.eval()
 
 
+def check_loading(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """
+    Refuses a loaded checkpoint whose keys are not those of its configuration: transformers only warns, and leaves the
+    weights to chance. A head may be new or left behind, and a pooler too. `info` is what `from_pretrained` told.
+    """
+    base = f"{model.base_model_prefix}."
+    heads = [name for name, _ in model.named_children()] if model.base_model is not model else []
+    free = ("classifier.", "pooler.", f"{base}pooler.", *(f"{name}." for name in heads if f"{name}." != base))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(free))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(free))
+    if missing or unexpected:
+        raise ValueError(
+            f"The weights do not fit their configuration: {len(missing)} missing ({missing[:4]}), {len(unexpected)} "
+            f"unexpected ({unexpected[:4]}). config.json and the weights come from different checkpoints, or one of "
+            "them was changed; removed_attention_layers and diluted_attention_layers must be those of the weights."
+        )
+
+
 def layer_fields(config: PreTrainedConfig, removed: list[int], compensated: list[int]) -> dict[str, list[int]]:
     """The layer lists after removing `removed` from a model of `config`, dense or already compressed."""
     if config.model_type != "nose_vit":

@@ -10,12 +10,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from transformers import ViTConfig
 
-from .configuration_nose_vit import NoseViTConfig
-from .conversion_nose_vit import unsupported
-from .headers import check_shapes, read_shapes
 from .images import load_processor
+from .inspection import check_weights
 from .modeling_nose_vit import NoseViTForImageClassification
 from .records import Records, public_id, read_records
 from .weights import load_classifier
@@ -107,16 +104,7 @@ def check_model(model: Path) -> None:
         raise ValueError(f"{model} holds no config.json: give the folder of a run, of a checkpoint, or a Hub id.")
     if (model / "adapter_config.json").is_file():
         raise ValueError(f"{model} holds an adapter, which is no checkpoint: merge it into its model first.")
-    values, _ = NoseViTConfig.get_config_dict(model)
-    model_type = values.get("model_type")
-    if model_type == "nose_vit":
-        check_shapes(read_shapes(model), NoseViTConfig.from_dict(values), str(model))
-    elif model_type == "vit":
-        # Old key names are renamed on loading, which compares both key sets itself.
-        NoseViTConfig.from_vit(ViTConfig.from_dict(values))
-        read_shapes(model)
-    else:
-        raise ValueError(unsupported(model_type))
+    check_weights(model)
 
 
 def check_hub_id(name: str, argument: str) -> None:

@@ -6,6 +6,7 @@ Equation numbers are those of "MLP Can Be A Good Transformer Learner" (arXiv 240
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_nose_vit import NoseViTAttention
 from .block_nose_vit import NoseViTLayer
 from .configuration_nose_vit import NoseViTConfig
-from .conversion_nose_vit import convert_vit
+from .conversion_nose_vit import check_loading, convert_vit
 from .states_nose_vit import BlockStates, sync_gains_after_loading
 from .stream_nose_vit import class_token_mask, last_attention, rescale_hidden_states, tail_changes_nothing
 
@@ -36,8 +37,7 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
     base_model_prefix = "vit"
     _no_split_modules = ["ViTEmbeddings", "NoseViTLayer"]
     _can_record_outputs = {"hidden_states": NoseViTLayer, "attentions": NoseViTAttention}
-    # A dense checkpoint has no mask; M must not be rounded by a half-precision load.
-    _keys_to_ignore_on_load_missing = [r"dilution_mask$"]
+    # M must not be rounded by a half-precision load.
     _keep_in_fp32_modules_strict = ["dilution_mask"]
 
     def __init__(self, config: NoseViTConfig, *args, **kwargs):
@@ -53,11 +53,18 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """As in transformers, but `ValueError` where keys, head and pooler apart, are not the configuration's."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        # A dense checkpoint, asked to start its dilution, has no mask yet.
+        without_mask = "diluted_attention_layers" in kwargs
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        model, info = cast(tuple["NoseViTPreTrainedModel", dict], super().from_pretrained(*args, **kwargs))
+        if without_mask:
+            info["missing_keys"] = {key for key in info["missing_keys"] if not key.endswith("dilution_mask")}
+        check_loading(model, info)
         # Weights are assigned here without `load_state_dict`, whose hook would have done it.
         nose_vit(model).sync_gains()
-        return loaded
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_vit(

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_nose"
 # From the ground up: a module may import those before it and no other. A new module gets its place here.
 LAYERS = [
+    "guards_nose_vit",
     "configuration_nose_vit",
     "attention_nose_vit",
     "block_nose_vit",
@@ -64,6 +65,8 @@ LAYERS = [
     "roofline",
     "memory_probe",
     "memory",
+    "headers",
+    "inspection",
     "figures",
     "benchmark",
     "benchmark_tables",
@@ -71,7 +74,6 @@ LAYERS = [
     "benchmark_command",
     "report",
     "remote_code",
-    "headers",
     "privacy",
     "export_source",
     "export",
@@ -79,6 +81,7 @@ LAYERS = [
     "stock_vit",
     "hub",
     "push",
+    "published",
     "options",
     "settings",
     "command_line",
@@ -94,12 +97,17 @@ LAYERS = [
     "context",
     "evaluation",
     "plan",
+    "card_words",
+    "cards",
+    "card_records",
+    "convert",
     "stages",
     "run",
     "transfer",
     "quantization",
     "export_onnx_folder",
     "export_command",
+    "checkpoint_verbs",
     "cli",
 ]
 MAX_LINES = 330

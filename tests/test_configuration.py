@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_vit import vit_config
 
-from hf_nose.configuration_nose_vit import FORMAT_VERSION, MAX_LABELS, NoseViTConfig, __version__
+from hf_nose.configuration_nose_vit import FORMAT_VERSION, NoseViTConfig, __version__
+from hf_nose.guards_nose_vit import MAX_LABELS
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification
 
 

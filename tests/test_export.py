@@ -20,7 +20,6 @@ from tiny_run import files
 import hf_nose
 from hf_nose import export_source
 from hf_nose.export import export_folder
-from hf_nose.headers import read_shapes
 from hf_nose.privacy import check_publishable
 from hf_nose.remote_code import auto_map, travelling_files
 
@@ -179,9 +178,9 @@ def nothing_is_loaded(monkeypatch):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("missing", "1 missing ['vit.layers.2.mlp.fc1.bias']"),
-        ("unexpected", "1 without a place ['vit.layers.1.attention.q_proj.weight']"),
-        ("shape", "1 of another shape ['classifier.bias (6,) for (5,)']"),
+        ("missing", "1 missing (['vit.layers.2.mlp.fc1.bias'])"),
+        ("unexpected", "1 unexpected (['vit.layers.1.attention.q_proj.weight'])"),
+        ("shape", "classifier.bias has shape [6] in the weights, config.json says [5]"),
     ],
 )
 def test_weights_that_are_not_the_configurations(what, message, tmp_path, nothing_is_loaded):
@@ -196,17 +195,8 @@ def test_weights_that_are_not_the_configurations(what, message, tmp_path, nothin
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError) as error:
         export_folder(source, tmp_path / "out")
-    assert message in str(error.value) and "nothing was loaded" in str(error.value)
+    assert message in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_headers_tell_names_and_shapes_without_the_weights(tmp_path):
-    source = checkpoint(tmp_path / "source", "half-diluted")
-    state = made("half-diluted").state_dict()
-    assert read_shapes(source) == {name: tuple(tensor.shape) for name, tensor in state.items()}
-    made("half-diluted").save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    assert read_shapes(tmp_path / "sharded") == read_shapes(source)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/x.safetensors", "model.bin"])
@@ -214,7 +204,7 @@ def test_an_index_names_only_files_of_its_folder(name, tmp_path, nothing_is_load
     source = checkpoint(tmp_path / "source")
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"classifier.bias": name}}))
-    with pytest.raises(ValueError, match="a shard is a .safetensors file in the same folder"):
+    with pytest.raises(ValueError, match="must name safetensors files beside it"):
         export_folder(source, tmp_path / "out")
 
 
@@ -239,7 +229,7 @@ def test_hostile_configurations(fields, error, tmp_path, nothing_is_loaded):
 def test_pickles_adapters_and_what_is_no_model(tmp_path, nothing_is_loaded):
     source = checkpoint(tmp_path / "source")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="only safetensors are read"):
+    with pytest.raises(ValueError, match="are pickles, which may run code and are never loaded"):
         export_folder(source, tmp_path / "out")
     (source / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
     with pytest.raises(ValueError, match="holds an adapter"):

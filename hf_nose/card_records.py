@@ -1,0 +1,169 @@
+"""What model cards are rendered from: of a run's folder, or of a recipe that nobody has run yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import ViTConfig
+
+from .card_words import TOLD
+from .command_line import read_recipe, recipe_path
+from .configuration_nose_vit import NoseViTConfig, __version__
+from .files import read_json
+from .inspection import dense, layers, on_meta, read_config
+from .plan import parse_layers
+from .profiling import count_macs, count_parameters
+from .published import BASES, HEAD_SIZE, IMAGENET, NUM_BLOCKS, published_figures
+from .records import RECORDS, public_name, read_records
+from .report import CAPTIONS
+
+
+ARCHITECTURE = "NoseViTForImageClassification"
+
+
+def card_record(name: str, model: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """A card's record, described at [`cards.render_card`], of which `values` says what is known."""
+    record: dict[str, Any] = {
+        "name": name,
+        "repo_id": None,
+        "trained_by": "us",
+        "base_model": "a model trained from random weights",
+        "base_model_id": None,
+        "license": None,
+        "dataset": "a local data set",
+        "dataset_id": None,
+        "model": model,
+        "records": {},
+        "recipe": None,
+        "settings": None,
+        "published": None,
+        "counted": None,
+        "experiment": None,
+        "source": None,
+        "figures": {},
+        "hf_nose_version": __version__,
+    }
+    unknown = sorted(set(values) - set(record))
+    if unknown:
+        raise ValueError(f"A card has no {unknown}; known are {sorted(record)}.")
+    return {**record, **values}
+
+
+def model_record(config: NoseViTConfig, mask: Sequence[float] = (), chosen_by: str = "as given") -> dict[str, Any]:
+    """What a card says of the model itself; `chosen_by` where no search of the run's did."""
+    return {
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_removed": len(config.removed_attention_layers),
+        "removed": list(config.removed_attention_layers),
+        "diluted": list(config.diluted_attention_layers),
+        "mask": list(mask),
+        "image_size": config.image_size,
+        "chosen_by": chosen_by,
+    }
+
+
+def run_record(folder: Path, repo_id: str | None = None, license: str | None = None) -> dict[str, Any]:
+    """
+    The card's record of a finished run, or of a transfer.
+
+    Args:
+        folder (`Path`): the run's folder, with `model/` in it.
+        repo_id (`str`, *optional*): where it is pushed to.
+        license (`str`, *optional*): of the base model, as the Hub spells it; DeiT's is known.
+
+    Raises:
+        `ValueError`: where the folder holds no model, or its records are damaged.
+    """
+    if not (folder / "model").is_dir():
+        raise ValueError(f"{folder.name} is not the folder of a finished run: it holds no model.")
+    config, _ = read_config(str(folder / "model"))
+    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
+    told = {name: settings[name] for name in TOLD if name in settings}
+    if settings.get("teacher") is not None:
+        told["teacher"] = public_name(settings["teacher"])
+    shared: dict[str, Any] = {"repo_id": repo_id, "license": license, "settings": told}
+    first = read_json(folder / RECORDS["evaluate"]) if (folder / RECORDS["evaluate"]).is_file() else {}
+    is_transfer = "method" in first
+    records = {} if is_transfer else read_records(folder)
+    if not is_transfer and "prepare" not in records:
+        raise ValueError(f"{folder.name} is not the folder of a run: it holds no {RECORDS['prepare']}.")
+    if "dilution" in records:
+        # None in the settings stands for what suits the schedule.
+        told["feature_compensation"] = records["dilution"]["feature_compensation"]
+    start = first if is_transfer else records["prepare"]
+    base, data = start["model"], start["data"]
+    return card_record(
+        folder.resolve().name,
+        model_record(config),
+        base_model=base["source"],
+        base_model_id=base["base_model_id"],
+        dataset=data["dataset"],
+        dataset_id=data["dataset_id"],
+        records=records,
+        experiment=transfer_experiment(first) if is_transfer else None,
+        published=published_figures(base["base_model_id"], data["dataset_id"], len(config.removed_attention_layers)),
+        figures={name: f"figures/{name}.png" for name in CAPTIONS if (folder / "figures" / f"{name}.png").is_file()},
+        **shared,
+    )
+
+
+def transfer_experiment(record: dict[str, Any]) -> dict[str, Any]:
+    """What a transfer measured."""
+    metrics, training = record["metrics"], record["training"]
+    top1, top5 = (f"{100 * metrics[name]:.1f}" for name in ("top1", "top5"))
+    return {
+        "title": "Transfer",
+        "text": f"{record['method']}: {record['trainable_parameters']} parameters trained, {training['steps']} steps.",
+        "headline": [f"Top-1 {top1} % on {metrics['num_images']} images; no dense model was trained beside it."],
+        "table": [["", "top-1 %", "top-5 %", "loss"], ["this model", top1, top5, f"{metrics['loss']:.4f}"]],
+        "note": "Without a dense model trained alike this says nothing of what the removal cost.",
+        "results": {"top-1": metrics["top1"], "top-5": metrics["top5"]},
+    }
+
+
+def recipe_record(name: str) -> dict[str, Any]:
+    """
+    The card's record of a recipe of the paper that nobody has run: its figures, what it costs, and the command.
+    `ValueError` where the recipe starts from another model than the paper's.
+    """
+    recipe = read_recipe(recipe_path(name))
+    base = BASES.get(recipe["model"])
+    if base is None or recipe["dataset"] != IMAGENET:
+        raise ValueError(f"recipe must start from one of {sorted(BASES)} on {IMAGENET}, got {recipe['model']}.")
+    dense_vit = ViTConfig(
+        hidden_size=base.hidden_size,
+        num_attention_heads=base.hidden_size // HEAD_SIZE,
+        intermediate_size=4 * base.hidden_size,
+        num_hidden_layers=NUM_BLOCKS,
+    )
+    config = NoseViTConfig.from_vit(dense_vit, num_labels=1000)
+    given = parse_layers(recipe["layers"]) if "layers" in recipe else []
+    count = len(given) or round(recipe["ratio"] * NUM_BLOCKS)
+    # Which layers go changes neither parameters nor MACs.
+    compressed = NoseViTConfig.from_vit(config, **layers(removed=given or list(range(count))))
+    who = "the paper's set" if base.size == "b" else "the set of the authors' scripts"
+    who = (
+        who if given else "Which layers go is searched in the run: the paper gives figures for this ratio and no set."
+    )
+    model = {**model_record(compressed, chosen_by=who), "removed": given}
+    return card_record(
+        name,
+        model,
+        trained_by="nobody",
+        base_model=recipe["model"],
+        base_model_id=recipe["model"],
+        dataset=recipe["dataset"],
+        dataset_id=recipe["dataset"],
+        recipe=name,
+        settings={key: value for key, value in recipe.items() if key in TOLD},
+        published=published_figures(recipe["model"], recipe["dataset"], count),
+        counted={"dense": costs(dense(config)), "compressed": costs(compressed)},
+    )
+
+
+def costs(config: NoseViTConfig) -> dict[str, int]:
+    """Parameters and multiply-accumulates of a model, counted without building it."""
+    return {"parameters": count_parameters(on_meta(config, ARCHITECTURE)), "macs": count_macs(config)["total"]}
