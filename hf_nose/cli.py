@@ -45,32 +45,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: dispatch(verb, arguments[1:]))
 
 
-def dispatch(verb: str, arguments: list[str]) -> None:
-    """Runs one verb."""
-    if verb == "env":
-        return environment(arguments)
-    if verb == "evaluate":
-        return evaluate(arguments)
+def own_verb(verb: str) -> Callable[[list[str]], None] | None:
+    """The function of a verb that reads its own words, imported when it is called."""
     if verb == "benchmark":
         from .benchmark_command import benchmark
 
-        return benchmark(arguments)
+        return benchmark
     if verb == "export":
         from .export_command import export
 
-        return export(arguments)
+        return export
     if verb == "push":
         from .push import run_push
 
-        return run_push(arguments)
+        return run_push
     if verb == "inspect":
         from .checkpoint_verbs import inspect_verb
 
-        return inspect_verb(arguments)
+        return inspect_verb
     if verb == "convert":
         from .checkpoint_verbs import convert_verb
 
-        return convert_verb(arguments)
+        return convert_verb
+    return {"env": environment, "evaluate": evaluate}.get(verb)
+
+
+def dispatch(verb: str, arguments: list[str]) -> None:
+    """Runs one verb."""
+    own = own_verb(verb)
+    if own is not None:
+        return own(arguments)
     from transformers.utils import logging
 
     from .command_line import parse_settings

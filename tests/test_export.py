@@ -13,7 +13,6 @@ import torch
 import yaml
 from exported import KINDS, LAYERS, change_json, checkpoint, made, made_run, save
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tiny_run import files
 
@@ -209,20 +208,20 @@ def test_an_index_names_only_files_of_its_folder(name, tmp_path, nothing_is_load
 
 
 @pytest.mark.parametrize(
-    "fields, error",
+    "fields",
     [
-        ({"num_hidden_layers": 1_000_000}, StrictDataclassError),
-        ({"removed_attention_layers": [-1]}, StrictDataclassError),
-        ({"removed_attention_layers": list(range(9))}, StrictDataclassError),
-        ({"hidden_size": "../../etc"}, StrictDataclassError),
-        ({"model_type": "swin"}, ValueError),
-        ({"model_type": "vit", "hidden_size": 1 << 20}, StrictDataclassError),
+        {"num_hidden_layers": 1_000_000},
+        {"removed_attention_layers": [-1]},
+        {"removed_attention_layers": list(range(9))},
+        {"hidden_size": "../../etc"},
+        {"model_type": "swin"},
+        {"model_type": "vit", "hidden_size": 1 << 20},
     ],
 )
-def test_hostile_configurations(fields, error, tmp_path, nothing_is_loaded):
+def test_hostile_configurations(fields, tmp_path, nothing_is_loaded):
     source = checkpoint(tmp_path / "source")
     change_json(source / "config.json", **fields)
-    with pytest.raises(error):
+    with pytest.raises(ValueError):
         export_folder(source, tmp_path / "out")
 
 
