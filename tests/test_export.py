@@ -201,6 +201,7 @@ def test_weights_that_are_not_the_configurations(what, message, tmp_path, nothin
 @pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/x.safetensors", "model.bin"])
 def test_an_index_names_only_files_of_its_folder(name, tmp_path, nothing_is_loaded):
     source = checkpoint(tmp_path / "source")
+    (source / "model.safetensors").unlink()
     index = source / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"classifier.bias": name}}))
     with pytest.raises(ValueError, match="must name safetensors files beside it"):
