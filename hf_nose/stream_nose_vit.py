@@ -18,7 +18,8 @@ def tail_changes_nothing(config: NoseViTConfig, is_training: bool, options: Mapp
     """
     Whether the tail may begin: `options` of the forward or `config` ask for no hidden states and no attentions, and no
     dropout is about to be drawn. Dropout draws for every token, so with fewer of them the class token's own draws (and
-    all later ones) would be others; stochastic depth draws for every image, whatever its tokens.
+    all later ones) would be others; stochastic depth draws for every image, whatever its tokens. An adapter's dropout
+    is not looked for: it draws from the same distribution with the tail, but other numbers.
     """
     recorded = ("output_hidden_states", config.output_hidden_states), ("output_attentions", config.output_attentions)
     if any(options.get(name, default) for name, default in recorded):
