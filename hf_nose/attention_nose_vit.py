@@ -64,7 +64,8 @@ class NoseViTAttention(ViTAttention):
 
     def project(self, hidden_states: torch.Tensor, class_token_only: bool) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each (batch, tokens, hidden), the queries (batch, 1, hidden) if asked for."""
-        queried = hidden_states[:, :1] if class_token_only else hidden_states
+        # Contiguous: a Linear over rows that lie apart becomes one small product an image.
+        queried = hidden_states[:, :1].contiguous() if class_token_only else hidden_states
         if self.qkv_weight is None:
             return self.q_proj(queried), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.training:
@@ -113,11 +114,11 @@ class NoseViTAttention(ViTAttention):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for kind in ("weight", "bias"):
-            fused = destination.pop(f"{prefix}qkv_{kind}", None)
-            if fused is not None:
-                for name, tensor in zip(PROJECTIONS, fused.chunk(3), strict=True):
-                    destination[f"{prefix}{name}.{kind}"] = tensor
+        fused = {kind: destination.pop(f"{prefix}qkv_{kind}", None) for kind in ("weight", "bias")}
+        for index, name in enumerate(PROJECTIONS):
+            for kind, tensor in fused.items():
+                if tensor is not None:
+                    destination[f"{prefix}{name}.{kind}"] = tensor.chunk(3)[index]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for kind in ("weight", "bias"):

@@ -110,7 +110,8 @@ class SetScorer:
         """
         is_dense = self.dense is None
         evidence = {base: Evidence(), **{tuple(sorted((*base, layer))): Evidence() for layer in candidates}}
-        with evaluating(self.model), self.vit.masked_attention(base, self.mask):
+        # All tokens, so that scores are to the bit those of a stock ViT's forward.
+        with evaluating(self.model), self.vit.masked_attention(base, self.mask), self.vit.all_tokens():
             for number, (index, batch) in enumerate(deal(self.batches, self.rank, self.world_size)):
                 batch = {name: tensor.to(self.vit.device) for name, tensor in batch.items()}
                 with block_inputs(self.vit.blocks) as inputs:

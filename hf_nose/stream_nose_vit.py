@@ -28,7 +28,8 @@ def tail_changes_nothing(config: NoseViTConfig, is_training: bool, options: Mapp
 
 def last_attention(blocks: Sequence[NoseViTLayer]) -> int:
     """The last block whose attention is computed: not removed, masked, or at M = 0; -1 where there is none."""
-    return max((layer for layer, block in enumerate(blocks) if block.gain is None), default=-1)
+    computed = [layer for layer, block in enumerate(blocks) if block.gain is None]
+    return computed[-1] if computed else -1
 
 
 def class_token_mask(config: NoseViTConfig, hidden_states: torch.Tensor, attention_mask: Any) -> Any:
