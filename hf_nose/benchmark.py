@@ -22,6 +22,8 @@ from .timing import compare_throughput, median_interval, paired_ratios, verdict
 
 
 MAX = "max"
+# What torch.compile makes kernels with.
+COMPILER = "inductor"
 Say = Callable[[str], object]
 
 
@@ -220,7 +222,7 @@ def held_entry(entries: list[dict[str, Any]], key: dict[str, Any], names: list[s
 def built(contender: Contender, setting: dict[str, Any], device: torch.device, is_compiled: bool) -> nn.Module:
     """The model on its device, compiled where that was asked for (when it first runs)."""
     model: Any = contender.build(device, DTYPES[setting["dtype"]], setting["attention"])
-    return cast(nn.Module, torch.compile(model, fullgraph=True)) if is_compiled else model
+    return cast(nn.Module, torch.compile(model, fullgraph=True, backend=COMPILER)) if is_compiled else model
 
 
 def in_budget(contender: Contender, key: dict[str, Any], device: torch.device, say: Say) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from hf_nose import NoseViTConfig, NoseViTForImageClassification
 from hf_nose.files import write_json
 from hf_nose.plan import parse_layers
-from hf_nose.profiling import compare_throughput, count_macs, hardware
+from hf_nose.profiling import count_macs, hardware
+from hf_nose.timing import compare_throughput
 
 
 HIDDEN_AND_HEADS = {"T": (192, 3), "S": (384, 6), "B": (768, 12)}
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "batch_size": options.batch_size,
         "pairs": options.pairs,
         **slices,
-        "macs": {name: count_macs(found)["total"] for name, found in models.items()},
+        "macs": {name: count_macs(found, class_token_tail=True)["total"] for name, found in models.items()},
         "throughput": results,
         "hardware": hardware(options.device, DTYPES[options.dtype]),
     }

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nose import benchmark
@@ -169,12 +170,14 @@ def test_memory_at_every_batch_size(folder, monkeypatch):
     assert "images_per_s" not in record["groups"][0]["models"][0] and "gemm" not in record["groups"][0]
 
 
-@pytest.mark.slow
-def test_compiled(folder):
-    """Without a graph break, or it would raise."""
-    _, record = run_benchmark(options(folder, removed=[], torch_compile=True, batch_sizes=["2"], rounds=2, warmup=1))
-    (group,) = record["groups"]
-    assert group["torch_compile"] is True and len(group["models"]) == 2
+def test_compiled_models_are_one_graph_a_batch_size(folder, monkeypatch):
+    """Made anew for every batch size: otherwise the second one would run on a graph for any size."""
+    graphs = CompileCounter()
+    monkeypatch.setattr(benchmark, "COMPILER", graphs)
+    _, record = run_benchmark(options(folder, torch_compile=True, batch_sizes=["2", "3", "5"], rounds=2, warmup=1))
+    assert [group["torch_compile"] for group in record["groups"]] == [True] * 3
+    # Stock, dense, folded; with fullgraph a second graph would raise.
+    assert graphs.frame_count == 3 * 3
 
 
 @pytest.mark.parametrize(
