@@ -80,12 +80,10 @@ def open_source(source: str | os.PathLike[str]) -> ExportSource:
 
 
 def entries(folder: Path, model: Path) -> Iterator[Path]:
-    """Everything below `folder` that an export may read, the folders themselves included."""
+    """Everything below `folder` that an export may read."""
     yield from folder.glob("*.json")
     for part in {model, folder / "figures"}:
-        if part.is_symlink() or part.exists():
-            yield part
-            yield from part.rglob("*")
+        yield from part.rglob("*")
 
 
 def check_inside(paths: Iterator[Path], folder: Path) -> None:

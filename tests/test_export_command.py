@@ -6,7 +6,7 @@ import shutil
 import pytest
 from exported import checkpoint, made_run
 from reference_vit import nose
-from tiny_run import files, finished_run, record
+from tiny_run import files, finished_run, flags, record
 
 from hf_nose.cli import BAD_INPUT, FAILED, OK, main
 from hf_nose.export_command import FORMATS, default_folder
@@ -76,10 +76,13 @@ def test_all_formats_of_a_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stage_that_is_run_again_drops_the_export(tmp_path_factory, tmp_path):
+def test_what_is_run_again_drops_the_export(tmp_path_factory, tmp_path):
     run = shutil.copytree(finished_run(tmp_path_factory), tmp_path / "run")
     assert main(["export", str(run)]) == OK and (run / "export" / "hf" / "config.json").is_file()
     assert main(["fold", str(run)]) == OK
+    assert not (run / "export").exists()
+    assert main(["export", str(run)]) == OK
+    assert main(["run", *flags(run, "--overwrite", stages="prepare")]) == OK
     assert not (run / "export").exists()
 
 
