@@ -52,10 +52,14 @@ def benchmark(arguments: Sequence[str]) -> None:
     """Runs the verb: what is going on to stderr, tables (or JSON) to stdout, files to the folder."""
     values = vars(benchmark_parser().parse_args(arguments))
     folder, overwrite, as_json = (values.pop(name) for name in ("output_dir", "overwrite", "json"))
+    from transformers.utils import logging
+
     from .benchmark import BenchmarkOptions, run_benchmark
     from .benchmark_tables import tables, write_tables
     from .files import stamped
 
+    # The bars for reading weights.
+    logging.disable_progress_bar()
     options = BenchmarkOptions(**values)
     path, record = run_benchmark(options, folder, overwrite, lambda text: sys.stderr.write(f"{text}\n"))
     if path is not None:
