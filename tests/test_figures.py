@@ -133,9 +133,10 @@ def test_trajectory_figure_draws_those_boxes_and_that_matrix():
     [
         ({"sign": "signed"}, "TE, scaled in each row"),
         ({"criterion": "prediction_kl"}, "prediction kl, scaled in each row"),
+        ({"search": "racing"}, "|TE|, scaled in each row"),
     ],
 )
-def test_trajectory_of_other_criteria_is_not_called_te(change, label):
+def test_the_trajectory_names_what_it_shows(change, label):
     content = records("selection")
     content["selection"] |= change
     assert trajectory_figure(content).axes[1].get_ylabel() == label

@@ -233,6 +233,15 @@ def test_batches_that_cannot_be_read_twice():
 # Files
 
 
+def test_a_record_of_before_there_were_races(tmp_path):
+    found = select_attention_layers(nose(), batches(), 2)
+    found.to_json(tmp_path / "selection.json")
+    record = json.loads((tmp_path / "selection.json").read_text())
+    del record["confidence"], record["precision"]
+    (tmp_path / "selection.json").write_text(json.dumps(record))
+    assert Selection.from_json(tmp_path / "selection.json") == found
+
+
 @pytest.mark.parametrize("search", ["greedy", "beam", "exhaustive", "first", "random"])
 def test_json_round_trip(tmp_path, search):
     found = select_attention_layers(nose(), batches(), 2, search=search)

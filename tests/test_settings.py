@@ -461,3 +461,18 @@ def test_trackers():
 def test_cache():
     with pytest.raises(ValueError, match="cache_gib must be 0 or more, got -1.0"):
         parse_settings(["--cache_gib=-1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--state_cache_gib=-1"], "state_cache_gib must be 0 or more, got -1.0"),
+        (["--state_cache_gib=inf"], "state_cache_gib must be 0 or more, got inf"),
+        (["--search=racing", "--confidence=1"], r"confidence must be in \(0, 1\), got 1.0"),
+        (["--search=racing", "--criterion=gaussian_kl"], "criterion 'gaussian_kl' cannot be raced"),
+    ],
+)
+def test_the_search_is_checked_before_anything_is_trained(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_settings(flags)
+    assert parse_settings(["--search=racing"]).confidence == 0.99

@@ -17,7 +17,7 @@ from hf_nose.files import SCHEMA
 from hf_nose.plan import dense_model, num_layers, parse_layers, planned_layers
 from hf_nose.records import RECORDS
 from hf_nose.settings import STAGES, Settings
-from hf_nose.stages import STAGE_FUNCTIONS
+from hf_nose.stages import STAGE_FUNCTIONS, control_sets
 
 
 pytestmark = pytest.mark.slow
@@ -88,6 +88,26 @@ def test_select(finished):
         assert min(line["scores"], key=lambda layer: abs(line["scores"][layer])) == str(line["picked"])
     assert content["calibration"]["num_images"] == content["num_images"] == 24
     assert content["num_processes"] == 1 and math.isfinite(content["reference"]["entropy"])
+
+
+def test_select_by_a_race(copy):
+    """With every option of the search; the same layers, sure to be."""
+    greedy = record(copy, "selection")["layers"]
+    flags = ["--search=racing", "--confidence=0.95", "--search_bf16=true", "--stack_candidates=true"]
+    rerun(copy, "select", *flags, "--state_cache_gib=0.5")
+    content = record(copy, "selection")
+    assert (content["search"], content["confidence"]) == ("racing", 0.95)
+    assert content["layers"] == greedy
+    assert content["precision"]["num_images"] == TINY["calibration_batch_size"]
+    assert content["settings"]["stack_candidates"] is True and "state_cache_gib" not in content["settings"]
+    for line in content["trace"]:
+        assert set(line["images"]) == set(line["scores"]) > set(line["margins"])
+    assert control_names(copy)[0] == "NOSE, masked, untrained"
+
+
+def control_names(folder) -> list[str]:
+    settings = parse_settings(["--resume", f"--output_dir={folder}"])
+    return [control["name"] for control in control_sets(RunContext(settings), list(range(NUM_BLOCKS)))]
 
 
 def test_dilute(finished):
