@@ -14,10 +14,10 @@ from transformers import ViTConfig
 
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import unsupported
-from .headers import check_shapes, read_shapes
 from .images import load_processor
 from .modeling_nose_vit import NoseViTForImageClassification
 from .records import Records, public_id, read_records
+from .shapes import check_shapes, read_shapes
 from .weights import load_classifier
 
 

@@ -71,7 +71,7 @@ LAYERS = [
     "run",
     "transfer",
     "remote_code",
-    "headers",
+    "shapes",
     "privacy",
     "export_source",
     "export",

@@ -20,9 +20,9 @@ from tiny_run import files
 import hf_nose
 from hf_nose import export_source
 from hf_nose.export import export_folder
-from hf_nose.headers import read_shapes
 from hf_nose.privacy import check_publishable
 from hf_nose.remote_code import auto_map, travelling_files
+from hf_nose.shapes import read_shapes
 
 
 PACKAGE = Path(hf_nose.__file__).parent
