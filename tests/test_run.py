@@ -112,7 +112,7 @@ def test_dry_run_shows_what_would_happen_and_writes_nothing(tmp_path, capsys, mo
         "Layers: to be searched, 5 of 12",
         "Parameters: 0.34 M -> 0.29 M (-13.9 %)",
         "MACs: 0.01 G -> 0.01 G",
-        "Schedule: linear, M at step 0: 1.000, 250: 0.666, 500: 0.332, 750: 0.000, 999: 0.000, of 1000 steps; "
+        "Schedule: linear (together), M at step 0: 1.000, 250: 0.666, 500: 0.332, 750: 0.000, 999: 0.000, of 1000 steps; "
         "compensation on",
         "One forward on cpu: (1, 3, 8, 8) -> (1, 10), finite: True",
         "nothing was written",
@@ -126,7 +126,7 @@ def test_dry_run_of_given_layers_and_an_existing_folder(finished, capsys):
     assert files(finished) == before
     words = capsys.readouterr().out
     assert "Layers: [0, 3], 2 of 4" in words
-    assert "one_shot, M at step 0: 0.000" in words and "compensation off" in words
+    assert "one_shot (together), M at step 0: 0.000" in words and "compensation off" in words
 
 
 def test_dry_run_refuses_classes_that_do_not_fit(finished, tmp_path):

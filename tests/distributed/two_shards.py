@@ -25,7 +25,7 @@ def train(found, rank, world_size):
     optimizer = torch.optim.SGD(found.parameters(), lr=0.1)
     per_rank = 2 * PER_RANK // world_size
     for step in range(STEPS):
-        nose_vit(found).set_mask(scheduled_masks("linear", 0.5, "step", step, STEPS, None))
+        nose_vit(found).set_mask(scheduled_masks("linear", 0.5, "step", step, STEPS)[0])
         first = step * 2 * PER_RANK + rank * per_rank
         rows = [images[index] for index in range(first, first + per_rank)]
         pixel_values = torch.stack([row["pixel_values"] for row in rows])
