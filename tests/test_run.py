@@ -112,8 +112,8 @@ def test_dry_run_shows_what_would_happen_and_writes_nothing(tmp_path, capsys, mo
         "Layers: to be searched, 5 of 12",
         "Parameters: 0.34 M -> 0.29 M (-13.9 %)",
         "MACs: 0.01 G -> 0.01 G",
-        "Schedule: linear (together), M at step 0: 1.000, 250: 0.666, 500: 0.332, 750: 0.000, 999: 0.000, of 1000 steps; "
-        "compensation on",
+        "Schedule: linear (together), M at step 0: 1.000, 250: 0.666, 500: 0.332, 750: 0.000, 999: 0.000, of 1000 "
+        "steps; compensation on",
         "One forward on cpu: (1, 3, 8, 8) -> (1, 10), finite: True",
         "nothing was written",
     ):
