@@ -150,11 +150,12 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
 
     def validate_rates(self):
         """Refuses numbers and names that make a layer fail, or give NaN, only once it is built or run."""
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        if not 0.0 <= self.initializer_range < math.inf:
-            raise ValueError(f"initializer_range must be finite and at least 0, got {self.initializer_range}.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}.")
         for name in ("hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"{name} must name an activation of transformers, got {getattr(self, name)[:80]!r}.")

@@ -10,7 +10,8 @@ import torch
 from .export_onnx import OnnxClassifier, check_onnx_installed
 from .images import ImageBatches
 from .metrics import evaluate_model
-from .profiling import compare_throughput, hardware
+from .profiling import hardware
+from .timing import compare_throughput
 
 
 # The matrix products. The patch embedding, a convolution, stays in float32.

@@ -22,9 +22,9 @@ from hf_nose.data import load_image_data
 from hf_nose.files import write_json
 from hf_nose.images import ImageBatches, ImageDataset, load_processor
 from hf_nose.modeling_nose_vit import MASK_GAINS, nose_vit
+from hf_nose.prefixes import block_inputs
 from hf_nose.profiling import hardware
 from hf_nose.records import public_id
-from hf_nose.scoring import block_inputs
 
 
 VARIANTS = (("skip", "absolute"), ("skip", "signed"), ("double", "absolute"), ("double", "signed"))

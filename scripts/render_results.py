@@ -132,6 +132,7 @@ FILES = {
     ".github/workflows/ci.yml": "the same for forks",
     ".pre-commit-config.yaml": "checks before a commit",
     "hf_nose/assets/digits-vit.json": "the small ViT of the embedded default",
+    "hf_nose/assets/card.md.j2": "the template of model cards",
     "hf_nose/assets/published.csv": "the paper's figures, never in one column with ours",
     "hf_nose/py.typed": "says that the package has types",
     "model_cards/results/": "measured JSON and pictures, a folder an experiment",

@@ -27,8 +27,9 @@ from hf_nose.surgery import fold
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 sys.path.insert(0, str(ROOT / "scripts"))
-import cifar10_experiment  # noqa: E402
 import render_cards  # noqa: E402
+from cifar10_plans import SHORT  # noqa: E402
+from cifar10_summary import summary  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -349,12 +350,19 @@ def cifar_results(folder, accuracies):
                 "correct": np.packbits(hits).tobytes().hex(),
                 "parameters": 5_500_000 if arm.startswith("dense") else 4_800_000,
                 "macs": 100_000_000 if arm.startswith("dense") else 83_000_000,
-                "training": {"steps": 1099, "schedule": "linear", "decay": 0.6, "feature_compensation": True},
+                "hardware": {"cores": 2, "processor": "made", "accelerator": None},
+                "training": {
+                    "steps": 1099,
+                    "seconds": 1.0,
+                    "schedule": "linear",
+                    "decay": 0.6,
+                    "feature_compensation": True,
+                },
             }
             if not arm.startswith("dense"):
                 record |= {"layers": [3, 5, 1, 8, 7 + seed], "masked_untrained_top1": 0.7 + 0.01 * seed}
             write_json(folder / f"{arm}-seed{seed}.json", record)
-    write_json(folder / "summary.json", cifar10_experiment.summary(folder))
+    write_json(folder / "summary.json", summary(folder, SHORT))
     return folder
 
 
@@ -364,15 +372,15 @@ ACCURACIES = {"dense": 0.86, "dense-trained-on": 0.88, "nose-dilution-compensate
 def test_the_cifar_card_says_what_was_lost(tmp_path):
     folder = cifar_results(tmp_path / "cifar10-deit-tiny", ACCURACIES)
     record = render_cards.cifar_record(folder)
-    card, summary = ModelCard(render_card(record)), read_json(folder / "summary.json")["arms"]
-    gap = summary["nose-dilution-compensated"]["gap"]["dense_trained_on"]
+    card, arms = ModelCard(render_card(record)), read_json(folder / "summary.json")["arms"]
+    gap = arms["nose-dilution-compensated"]["gap"]["dense_trained_on"]
     assert "- Gained: parameters -12.7 %, MACs -17.0 %" in card.text
     assert "- Lost: The paper's way" in card.text and f"{gap['points']:+.1f} ({gap['low']:+.1f}" in card.text
     assert "Not told from the dense model: The best arm, picked by these very figures" in card.text
     assert "3, 5, 1, 8, 7; 3, 5, 1, 8, 8" in card.text and "70.0, 71.0" in card.text
     assert card.data.base_model == "facebook/deit-tiny-patch16-224" and card.data.datasets == ["uoft-cs/cifar10"]
     (result,) = card.data.eval_results
-    assert result.metric_value == pytest.approx(summary["nose-dilution-compensated"]["top1_mean"] / 100)
+    assert result.metric_value == pytest.approx(arms["nose-dilution-compensated"]["top1_mean"] / 100)
     assert set(NUMBER.findall(body(str(card)))) <= explained(record)
     assert "Speed: the runs shared their machine" in card.text
 

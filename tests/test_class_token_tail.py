@@ -15,8 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_nose import NoseViTBackbone, NoseViTConfig, NoseViTForImageClassification, NoseViTModel
 from hf_nose.distillation import Distiller
 from hf_nose.entropy import layer_profile
+from hf_nose.prefixes import block_inputs
 from hf_nose.profiling import count_macs
-from hf_nose.scoring import SetScorer, block_inputs
+from hf_nose.scoring import SetScorer
 from hf_nose.stream_nose_vit import class_token_mask
 from hf_nose.surgery import fold
 

@@ -216,8 +216,11 @@ def test_a_secret_is_found_across_the_pieces_it_is_read_in(start, tmp_path):
     [
         (lambda weights: weights.pop("vit.layers.0.attention.q_proj.weight"), "1 missing"),
         (lambda weights: weights.pop("vit.dilution_mask"), "1 missing"),
-        (lambda weights: weights.update({"vit.extra": torch.zeros(1)}), "1 without a place"),
-        (lambda weights: weights.update({"classifier.weight": torch.zeros(3, 12)}), "1 of another shape"),
+        (lambda weights: weights.update({"vit.extra": torch.zeros(1)}), "1 unexpected"),
+        (
+            lambda weights: weights.update({"classifier.weight": torch.zeros(3, 12)}),
+            "has shape [3, 12] in the weights",
+        ),
     ],
 )
 def test_weights_of_another_configuration(change, message, folder, capsys):

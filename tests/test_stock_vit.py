@@ -106,6 +106,6 @@ def test_nothing_is_written_where_the_model_cannot_be_one(tmp_path):
     with pytest.raises(ValueError, match="are diluted"):
         export_stock_vit(source, tmp_path / "out")
     change_json(source / "config.json", num_labels=7)
-    with pytest.raises(ValueError, match="do not fit its config.json"):
+    with pytest.raises(ValueError, match="in the weights, config.json says"):
         export_stock_vit(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
