@@ -191,7 +191,10 @@ class NoseTrainer(LoadingTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Without weight decay, besides biases and norms: class token and position embeddings, as in DeiT."""
         exempt = ("cls_token", "position_embeddings")
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+        # The Trainer lists the names of parameters that are not there, too.
+        there = {name for name, _ in model.named_parameters()}
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name in there and not name.endswith(exempt)]
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

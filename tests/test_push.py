@@ -164,10 +164,12 @@ def test_a_finished_run_whose_push_fails_is_told_how_to_repeat_it(run):
 # What is refused before anything is sent
 
 
-@pytest.mark.parametrize("name", ["README.md", "model.safetensors"])
-def test_a_part_that_is_missing(name, folder, capsys):
+@pytest.mark.parametrize(
+    ("name", "words"), [("README.md", "no README.md"), ("model.safetensors", "neither model.safetensors nor")]
+)
+def test_a_part_that_is_missing(name, words, folder, capsys):
     (folder / name).unlink()
-    assert f"no {name}" in refused(capsys, folder, "--repo_id", "you/vit")
+    assert words in refused(capsys, folder, "--repo_id", "you/vit")
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
@@ -219,7 +221,7 @@ def test_a_secret_is_found_across_the_pieces_it_is_read_in(start, tmp_path):
         (lambda weights: weights.update({"vit.extra": torch.zeros(1)}), "1 unexpected"),
         (
             lambda weights: weights.update({"classifier.weight": torch.zeros(3, 12)}),
-            "has shape [3, 12] in the weights",
+            "has shape [3, 12]",
         ),
     ],
 )
