@@ -37,7 +37,7 @@ def options(folder, **more):
         "models": [folder],
         "removed": ["0,2"],
         "batch_sizes": ["1", "3"],
-        "rounds": 6,
+        "rounds": 7,
         "warmup": 1,
         "device": "cpu",
     }
@@ -56,7 +56,7 @@ def test_every_combination_is_a_group_of_all_models(folder):
         first, dense, sliced, folded, _ = group["models"]
         assert first["ratio_to_first"] == 1.0 and folded["removed"] == [0, 2]
         for model in group["models"]:
-            assert len(model["seconds"]) == group["rounds"] == 6
+            assert len(model["seconds"]) == group["rounds"] == 7
             assert model["images_per_s"] == pytest.approx(group["batch_size"] / model["latency_s"])
             share = model["images_per_s"] * model["macs_computed"] / group["gemm"]["macs_per_s"]
             assert model["gemm_share"] == pytest.approx(share)
