@@ -18,7 +18,7 @@ from .files import read_json, stamped, write_json
 from .memory import check_budget, images_in_budget, parse_bytes, probe
 from .profiling import hardware, hardware_slug
 from .roofline import gemm_rate, gemm_share
-from .timing import compare_throughput, median_interval, paired_ratios, verdict
+from .timing import LEAST_ROUNDS, compare_throughput, median_interval, paired_ratios, verdict
 
 
 MAX = "max"
@@ -46,7 +46,7 @@ class BenchmarkOptions:
         chunk_size_attention (`int`, *optional*): images a slice; likewise.
         fuse_qkv (`bool`, *optional*): q, k and v as one matrix product; likewise.
         threads (`int`, *optional*): of torch on the CPU; as many as it takes by default.
-        rounds (`int`, *optional*): timed forwards of each model; 0 measures no time.
+        rounds (`int`, *optional*): timed forwards of each model, at least 6; 0 measures no time.
         warmup (`int`, *optional*): rounds before.
 
     Raises:
@@ -88,8 +88,11 @@ class BenchmarkOptions:
         """Refuses, by name, numbers out of range."""
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}.")
-        if self.rounds == 1 or self.rounds < 0:
-            raise ValueError(f"rounds must be at least 2 for quartiles, or 0 to measure no time, got {self.rounds}.")
+        if self.rounds and self.rounds < LEAST_ROUNDS:
+            raise ValueError(
+                f"rounds must be at least {LEAST_ROUNDS}, or 95 % confidence cannot be had, or 0 to measure no time; "
+                f"got {self.rounds}."
+            )
         if self.warmup < 0:
             raise ValueError(f"warmup must be 0 or more, got {self.warmup}.")
 

@@ -35,7 +35,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     add("--compile", dest="torch_compile", action="store_true", help="compile every model, as one graph")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     add("--threads", type=int, help="threads of torch on a CPU")
-    add("--rounds", type=int, default=20, help="timed forwards of each model; 0 measures memory only")
+    add("--rounds", type=int, default=20, help="timed forwards of each model, at least 6; 0 measures memory only")
     add("--warmup", type=int, default=3, help="rounds before, not timed")
     add("--memory", action="store_true", help="also the peak of memory at every batch size, in fresh processes")
     add("--memory_budget", help="a size such as 10GB: how many images every model fits into it")

@@ -14,6 +14,8 @@ from .devices import Stopwatch, stopwatch
 
 
 CONFIDENCE = 0.95
+# With fewer, no interval of a median has that confidence.
+LEAST_ROUNDS = 6
 
 
 def interleaved(
@@ -54,8 +56,8 @@ def interleaved(
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """
     The interval that holds the true median with at least this confidence, whatever the distribution: between the k-th
-    smallest and the k-th largest value, k from the binomial distribution. Fewer than six values cannot give 95 %: then
-    it is their whole range.
+    smallest and the k-th largest value, k from the binomial distribution. Fewer than `LEAST_ROUNDS` values cannot give
+    95 %: then it is their whole range, which holds it less often.
     """
     ordered, count = sorted(values), len(values)
     missed, rank = 0.0, 0
