@@ -61,3 +61,8 @@ def merge_across_processes(
         for key, value in part.items():
             merged[key].merge(value)
     return merged
+
+
+def agree(found: Any) -> Any:
+    """The first process's `found`, on all: what is decided in floating point may differ in the last bit elsewhere."""
+    return gather_object([found])[0]

@@ -14,6 +14,7 @@ import torch
 from .contributions import Contributions
 from .criteria import Criterion
 from .prefixes import extend
+from .processes import agree
 from .scoring import Score, SetScorer
 
 
@@ -70,18 +71,19 @@ class Race:
             scores |= {layer: self.scorer.score_of(found[layer].evidence(), evidence) for layer in racing}
             shares = self._shares({layer: found[layer] for layer in racing}, dense)
             if look < len(self.stops) - 1 and dense.num_images >= MIN_IMAGES:
-                beaten = self._beaten(picked, scores, shares, stop / self.stops[-1], len(candidates) - 1)
+                beaten = agree(self._beaten(picked, scores, shares, stop / self.stops[-1], len(candidates) - 1))
                 margins |= beaten
                 racing = [layer for layer in racing if layer not in beaten]
             if len(racing) == 1:
                 break
         self.before = shares if start == self.stops[-1] else {}
-        return {
+        step = {
             "picked": min(racing, key=lambda layer: (scores[layer].cost, layer)),
             "scores": {layer: scores[layer].value for layer in candidates},
             "images": {layer: found[layer].num_images for layer in candidates},
             "margins": margins,
         }
+        return agree(step)
 
     def _nothing(self) -> Contributions:
         return Contributions(self.scorer.criterion.image_sum)
