@@ -11,6 +11,7 @@ from pushable import contents, exported, tiny_nose_vit
 from tiny_run import finished_run
 
 from hf_nose.cli import BAD_INPUT, FAILED, OK
+from hf_nose.files import write_json
 
 
 pytestmark = pytest.mark.slow
@@ -114,6 +115,15 @@ def test_the_card_gets_the_metadata_it_lacks_and_keeps_every_word(hub, push):
     assert data.tags == ["mine", "hf_nose"]
 
 
+def test_a_card_that_names_no_base_model_gets_the_runs(hub, driver, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run" / "export" / "hf")
+    (tmp_path / "run" / "export" / "hf" / "README.md").write_text("# Mine\n")
+    write_json(tmp_path / "run" / "prepare.json", {"model": {"base_model_id": "facebook/deit-small-patch16-224"}})
+    assert driver.verb("push", tmp_path / "run", "--repo_id", "you/vit").code == OK
+    card = ModelCard(hub.repository("you/vit").files()["README.md"].decode())
+    assert card.data.base_model == "facebook/deit-small-patch16-224" and card.text.strip() == "# Mine"
+
+
 def test_a_second_push_of_the_same_sends_and_commits_nothing(hub, push):
     first = push()
     requests = len(hub.requests)
@@ -182,6 +192,18 @@ def test_a_pull_request_commits_nothing_and_is_opened_once(hub, push, folder):
     again = push("--create_pr", repo_id="somebody/vit")
     assert again.code == OK and f"{hub.url}/somebody/vit/discussions/1" in again.out
     assert len(repository.pull_requests) == 1 and len(repository.titles("refs/pr/1")) == 2
+
+
+def test_what_has_changed_since_goes_into_the_pull_request_that_is_open(hub, push, driver, folder, tmp_path):
+    hub.create("somebody/vit")
+    assert push("--create_pr", repo_id="somebody/vit").code == OK
+    copy = shutil.copytree(folder, tmp_path / "vit")
+    (copy / "NOTES.md").write_text("More.\n")
+    done = driver.verb("push", copy, "--repo_id", "somebody/vit", "--create_pr")
+    assert done.code == OK and "discussions/1" in done.out
+    repository = hub.repository("somebody/vit")
+    assert len(repository.pull_requests) == 1 and repository.files() == {}
+    assert repository.files("refs/pr/1")["NOTES.md"] == b"More.\n" and len(repository.titles("refs/pr/1")) == 3
 
 
 def test_pull_requests_of_others_and_closed_ones_are_let_be(hub, push):
