@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import ViTConfig
 
 from .card_words import TOLD
+from .cards import render_card
 from .command_line import read_recipe, recipe_path
 from .configuration_nose_vit import NoseViTConfig, __version__
-from .files import read_json
-from .inspection import dense, layers, on_meta, read_config
+from .inspection import check_weights, dense, layers, on_meta, read_config
 from .plan import parse_layers
 from .profiling import count_macs, count_parameters
-from .published import BASES, HEAD_SIZE, IMAGENET, NUM_BLOCKS, published_figures
-from .records import RECORDS, public_name, read_records
+from .published import BASES, HEAD_SIZE, IMAGENET, NUM_BLOCKS, checkpoint_name, published_figures
+from .records import Records, public_name, read_records
 from .report import CAPTIONS
 
 
@@ -70,7 +69,7 @@ def run_record(folder: Path, repo_id: str | None = None, license: str | None = N
     The card's record of a finished run, or of a transfer.
 
     Args:
-        folder (`Path`): the run's folder, with `model/` in it.
+        folder (`Path`): the run's folder, with `model/` in it, whose weights are held against their configuration.
         repo_id (`str`, *optional*): where it is pushed to.
         license (`str`, *optional*): of the base model, as the Hub spells it; DeiT's is known.
 
@@ -80,34 +79,78 @@ def run_record(folder: Path, repo_id: str | None = None, license: str | None = N
     if not (folder / "model").is_dir():
         raise ValueError(f"{folder.name} is not the folder of a finished run: it holds no model.")
     config, _ = read_config(str(folder / "model"))
-    settings = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
-    told = {name: settings[name] for name in TOLD if name in settings}
+    record = measured_record(
+        folder.resolve().name, config, read_records(folder), check_weights(folder / "model")["mask"]
+    )
+    return {**record, "repo_id": repo_id, "license": license, "figures": figures_in(folder)}
+
+
+def figures_in(folder: Path) -> dict[str, str]:
+    """Those figures that a card knows what to say of, by name."""
+    return {name: f"figures/{name}.png" for name in CAPTIONS if (folder / "figures" / f"{name}.png").is_file()}
+
+
+def measured_record(
+    name: str,
+    config: NoseViTConfig,
+    records: Records,
+    mask: Sequence[float] = (),
+    base_model_id: str | None = None,
+    dataset_id: str | None = None,
+) -> dict[str, Any]:
+    """The card's record of a model of `config` from the `records` of its run, of a transfer, or of none."""
+    metrics = records.get("metrics", {})
+    is_transfer = "method" in metrics
+    start = metrics if is_transfer else records.get("prepare")
+    # None in the settings of a stage stands for what suits the others; what was done stands beside.
+    stages = [records[stage] for stage in ("prepare", "dilution") if stage in records]
+    settings = {key: value for stage in stages for key, value in stage["settings"].items()}
+    settings |= {key: value for stage in stages for key, value in stage.items() if key in TOLD}
+    told = {key: settings[key] for key in TOLD if key in settings}
     if settings.get("teacher") is not None:
         told["teacher"] = public_name(settings["teacher"])
-    shared: dict[str, Any] = {"repo_id": repo_id, "license": license, "settings": told}
-    first = read_json(folder / RECORDS["evaluate"]) if (folder / RECORDS["evaluate"]).is_file() else {}
-    is_transfer = "method" in first
-    records = {} if is_transfer else read_records(folder)
-    if not is_transfer and "prepare" not in records:
-        raise ValueError(f"{folder.name} is not the folder of a run: it holds no {RECORDS['prepare']}.")
-    if "dilution" in records:
-        # None in the settings stands for what suits the schedule.
-        told["feature_compensation"] = records["dilution"]["feature_compensation"]
-    start = first if is_transfer else records["prepare"]
-    base, data = start["model"], start["data"]
+    known: dict[str, Any] = {
+        "trained_by": "unknown",
+        "base_model": base_model_id or "a model this card was not told of",
+    }
+    if start is not None:
+        known = {"base_model": base_model_id or start["model"]["source"], "dataset": start["data"]["dataset"]}
+        base_model_id = base_model_id or start["model"]["base_model_id"]
+        dataset_id = dataset_id or start["data"]["dataset_id"]
     return card_record(
-        folder.resolve().name,
-        model_record(config),
-        base_model=base["source"],
-        base_model_id=base["base_model_id"],
-        dataset=data["dataset"],
-        dataset_id=data["dataset_id"],
-        records=records,
-        experiment=transfer_experiment(first) if is_transfer else None,
-        published=published_figures(base["base_model_id"], data["dataset_id"], len(config.removed_attention_layers)),
-        figures={name: f"figures/{name}.png" for name in CAPTIONS if (folder / "figures" / f"{name}.png").is_file()},
-        **shared,
+        name,
+        model_record(config, mask),
+        **known,
+        base_model_id=base_model_id,
+        dataset_id=dataset_id,
+        records={} if is_transfer else records,
+        settings=told,
+        experiment=transfer_experiment(metrics) if is_transfer else None,
+        published=published_figures(base_model_id, dataset_id, len(config.removed_attention_layers)),
     )
+
+
+def export_card(
+    folder: Path,
+    config: NoseViTConfig,
+    records: Records,
+    base_model_id: str | None,
+    name: str | None = None,
+    repo_id: str | None = None,
+    license: str | None = None,
+) -> str:
+    """
+    The text of `README.md` for an exported `folder`, complete but for that: its weights and figures are there.
+
+    `name` is by default what recipe and card of the base model are called, or `nose-vit`; the other arguments are
+    those of [`measured_record`] and [`run_record`]. Raises `ValueError` as these do.
+    """
+    removed = len(config.removed_attention_layers)
+    if name is None:
+        is_known = base_model_id in BASES and removed
+        name = checkpoint_name(str(base_model_id), removed, config.num_hidden_layers) if is_known else "nose-vit"
+    record = measured_record(name, config, records, check_weights(folder)["mask"], base_model_id)
+    return render_card({**record, "repo_id": repo_id, "license": license, "figures": figures_in(folder)})
 
 
 def transfer_experiment(record: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .records import public_name
 from .report import escape, headline
 
 
@@ -83,6 +82,8 @@ def status(record: dict[str, Any]) -> str:
             f"**Weights not trained by us.** The paper's authors trained them and released `{word(source['file'])}` "
             f"(SHA-256 `{word(source['sha256'])}`); hf_nose has only converted and folded them."
         )
+    if record["trained_by"] == "unknown":
+        return "**Origin not told.** Who trained these weights, on what and for how long, this card was not told."
     dilution = record["records"].get("dilution")
     if dilution is not None and not dilution["steps"]:
         return "**Not trained after the removal**: the layers were taken out, and nothing made up for them."
@@ -100,7 +101,8 @@ def gains(record: dict[str, Any]) -> list[str]:
         before, after = record["counted"]["dense"], record["counted"]["compressed"]
         change = [f"{100 * (after[name] / before[name] - 1):+.1f} %" for name in ("parameters", "macs")]
         lines.append(f"Gained, counted from the configuration: parameters {change[0]}, MACs {change[1]}.")
-    return [*lines, "Lost, or not, in accuracy: not measured by us; the paper's figures have columns of their own."]
+    theirs = "; the paper's figures have columns of their own" if record["published"] is not None else ""
+    return [*lines, f"Lost, or not, in accuracy: not measured by us{theirs}."]
 
 
 def removal(record: dict[str, Any]) -> list[str]:
@@ -200,7 +202,7 @@ def training(record: dict[str, Any]) -> list[str]:
         lines += ["", f"{made}:", "", rows_of([["setting", "value"], *body])]
         teacher = record["settings"].get("teacher")
         if teacher is not None:
-            lines += ["", f"Teacher: {escape(public_name(teacher))}."]
+            lines += ["", f"Teacher: {escape(teacher)}."]
     elif record["trained_by"] == "authors":
         lines.append("- How they were trained is told in the paper; the file does not say.")
     return lines
@@ -214,6 +216,7 @@ def commands(record: dict[str, Any]) -> list[str]:
     repo = word(record["repo_id"] or f"YOUR_NAME/{record['name']}")
     return [
         f"accelerate launch scripts/run_nose.py --recipe {name}",
+        f"hf-nose export runs/{name}",
         f"hf-nose push runs/{name} --repo_id {repo}",
     ]
 
@@ -225,7 +228,8 @@ def missing(record: dict[str, Any]) -> list[str]:
     if record["trained_by"] == "nobody":
         lines.append("Accuracy and speed of these weights: there are none yet.")
     elif "compressed" not in models and record["experiment"] is None:
-        lines.append("Accuracy and speed of these weights by us; the paper's figures are of its authors' own runs.")
+        theirs = " by us; the paper's figures are of its authors' own runs" if record["published"] is not None else ""
+        lines.append(f"Accuracy and speed of these weights{theirs}.")
     elif record["experiment"] is not None and not models:
         lines.append("Speed: the runs shared their machine, so none of it would be true.")
     elif "dense_control" not in models:

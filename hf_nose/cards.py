@@ -46,7 +46,7 @@ def render_card(record: dict[str, Any]) -> str:
         record (`dict`): what [`card_records.run_record`] and its siblings make, JSON throughout:
 
             - `name` and `repo_id` (`None` where it has no place on the Hub yet);
-            - `trained_by`: `"us"`, `"authors"` (then with `source`) or `"nobody"`;
+            - `trained_by`: `"us"`, `"authors"` (then with `source`), `"nobody"` or `"unknown"`;
             - `base_model`, as shown, and `base_model_id`, `license`, `dataset`, `dataset_id`, or `None`;
             - `model`: `num_hidden_layers`, `num_removed`, `removed`, `diluted`, `mask`, `image_size`, and `chosen_by`,
               who chose layers that no search found;

@@ -5,6 +5,7 @@ import getpass
 import json
 import math
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -17,10 +18,12 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from reference_vit import nose
 from run_records import LAYERS, records, write_run
 
-from hf_nose.card_records import card_record, recipe_record, run_record
+from hf_nose.card_records import card_record, export_card, recipe_record, run_record
 from hf_nose.cards import render_card
+from hf_nose.configuration_nose_vit import NoseViTConfig
 from hf_nose.files import read_json, write_json
 from hf_nose.published import BASES, checkpoint_name, published_figures, rows
+from hf_nose.records import read_records
 from hf_nose.surgery import fold
 
 
@@ -185,14 +188,12 @@ def test_nothing_published_tells_of_a_place_or_a_person(path):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = write_run(tmp_path / "deit-x", records())
+    made = records()
+    # A teacher from a path, which no card may tell.
+    made["dilution"]["settings"] = {"teacher": str(tmp_path / "a-teacher"), "batch_size": 64, "learning_rate": 1e-3}
+    folder = write_run(tmp_path / "deit-x", made)
     (folder / "figures").mkdir()
     (folder / "figures" / "trajectory.png").write_bytes(b"")
-    (folder / "settings.yaml").write_text(
-        yaml.safe_dump(
-            {"model": str(tmp_path), "output_dir": str(tmp_path), "teacher": str(tmp_path), "batch_size": 64}
-        )
-    )
     model = nose()
     model.dilute([1, 3])
     model.set_mask(0.0)
@@ -216,6 +217,8 @@ def test_a_run_s_card(run):
     assert 'from_pretrained("me/deit-x", trust_remote_code=True)' in card.text and 'revision="stock"' in card.text
     assert "Speed on AMD EPYC, 2 cores, float32" in card.text and "The paper has no figure" in card.text
     assert "whose licence this card does not know" in card.text and "Lost: top-1 is 95.8 %" in card.text
+    assert "Teacher: a-teacher." in card.text and "| `learning_rate` | 0.001 |" in card.text
+    assert "| `feature_compensation` | True |" in card.text and "| `steps` | 1200 |" in card.text
     order = [card.text.index(part) for part in ("trust_remote_code=True", "import hf_nose", 'revision="stock"')]
     assert order == sorted(order)
 
@@ -243,7 +246,8 @@ def test_ids_bring_the_papers_columns_and_the_licence(run):
 def test_a_run_that_was_not_measured_says_so(run):
     (run / "metrics.json").unlink()
     text = render_card(run_record(run))
-    assert "model-index" not in text and "Accuracy and speed of these weights by us" in text
+    assert "model-index" not in text and "- Accuracy and speed of these weights.\n" in text
+    assert "not measured by us.\n" in text
     (run / "dilution.json").unlink()
     write_run(run, {"dilution": {**records("dilution")["dilution"], "steps": 0}})
     assert "**Not trained after the removal**" in render_card(run_record(run))
@@ -262,6 +266,48 @@ def test_a_half_diluted_model_says_its_m_and_no_stock_revision(run):
     text = render_card(record)
     assert "blocks 1, 3 is faded out, at M = 0.37, 0.37" in text and 'revision="stock"' not in text
     assert "It is not finished" in text
+
+
+def test_a_transfer_s_card(run):
+    start = records("prepare")["prepare"]
+    metrics = {
+        "method": "linear_probe",
+        "trainable_parameters": 490,
+        "metrics": {"top1": 0.8123, "top5": 0.9777, "loss": 0.4321, "num_images": 333},
+        "training": {"steps": 77},
+        "model": start["model"],
+        "data": start["data"],
+    }
+    for path in run.glob("*.json"):
+        path.unlink()
+    write_run(run, {"metrics": {**metrics, "settings": {}}})
+    card = ModelCard(render_card(run_record(run)))
+    assert [result.metric_value for result in card.data.eval_results] == [0.8123, 0.9777]
+    assert "Top-1 81.2 % on 333 images; no dense model was trained beside it." in card.text
+    assert "linear\\_probe: 490 parameters trained, 77 steps." in card.text
+    assert "says nothing of what the removal cost" in card.text
+
+
+def test_an_export_s_card(run):
+    """As `export_folder` asks for it: of a run, and of a checkpoint of which nothing is known."""
+    config = NoseViTConfig.from_pretrained(run / "model")
+    shutil.copytree(run / "figures", run / "model" / "figures")
+    card = ModelCard(export_card(run / "model", config, read_records(run), "facebook/deit-tiny-patch16-224"))
+    assert "![trajectory](figures/trajectory.png)" in card.text and "# deit-t-nose25" in card.text
+    assert card.data.eval_results[0].metric_value == 0.9579 and card.data.license == "apache-2.0"
+    card = ModelCard(export_card(run / "model", config, {}, None, name="mine", repo_id="me/mine", license="mit"))
+    assert "**Origin not told.**" in card.text and "a model this card was not told of" in card.text
+    assert card.data.license == "mit" and card.data.base_model is None and card.data.eval_results is None
+    assert "Trained with" not in card.text and "# mine" in card.text
+
+
+def test_a_half_diluted_export_s_card_reads_m_from_the_weights(tmp_path):
+    model = nose()
+    model.dilute([1, 3])
+    model.set_mask([0.25, 0.5])
+    model.save_pretrained(tmp_path)
+    text = export_card(tmp_path, model.config, {}, None)
+    assert "blocks 1, 3 is faded out, at M = 0.25, 0.5" in text and "# nose-vit" in text
 
 
 def test_a_folder_that_is_no_run(tmp_path):
