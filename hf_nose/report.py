@@ -225,7 +225,7 @@ def _training(records: Records) -> list[str]:
     if "dilution" in records:
         dilution = records["dilution"]
         compensation = "with" if dilution["feature_compensation"] else "without"
-        turns = TURNS.get(dilution.get("order"), "")
+        turns = TURNS.get(dilution.get("order", "together"), "")
         lines.append(
             f"- Dilution: {escape(dilution['schedule'])} schedule{turns}, {compensation} feature compensation, "
             f"{dilution['steps']} steps, {dilution['seconds']:.1f} s."
