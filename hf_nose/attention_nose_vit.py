@@ -25,13 +25,12 @@ class NoseViTAttention(ViTAttention):
     state dict holds the three under their own names at all times.
     """
 
-    qkv_weight: nn.Parameter | None
+    qkv_weight: nn.Parameter
     qkv_bias: nn.Parameter | None
 
     def __init__(self, config: NoseViTConfig):
         super().__init__(config)
-        self.register_parameter("qkv_weight", None)
-        self.register_parameter("qkv_bias", None)
+        self.is_fused = False
 
     def forward(
         self,
@@ -66,7 +65,7 @@ class NoseViTAttention(ViTAttention):
         """Queries, keys and values, each (batch, tokens, hidden), the queries (batch, 1, hidden) if asked for."""
         # Contiguous: a Linear over rows that lie apart becomes one small product an image.
         queried = hidden_states[:, :1].contiguous() if class_token_only else hidden_states
-        if self.qkv_weight is None:
+        if not self.is_fused:
             return self.q_proj(queried), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.training:
             raise ValueError("Fused projections are for inference: call unfuse_qkv_projections() before training.")
@@ -80,7 +79,7 @@ class NoseViTAttention(ViTAttention):
     @torch.no_grad()
     def fuse(self) -> None:
         """Makes one parameter of the three projections', which are freed; nothing to do where that is so already."""
-        if self.qkv_weight is not None:
+        if self.is_fused:
             return
         projections = [self.get_submodule(name) for name in PROJECTIONS]
         odd = sorted({type(module).__name__ for module in projections if type(module) is not nn.Linear})
@@ -90,16 +89,18 @@ class NoseViTAttention(ViTAttention):
             raise ValueError("q, k and v must all be trainable or all be frozen to be fused, got some of each.")
         for kind in ("weight", "bias"):
             tensors = [getattr(module, kind) for module in projections]
+            fused = None
             if tensors[0] is not None:
                 fused = nn.Parameter(torch.cat(tensors), requires_grad=tensors[0].requires_grad)
-                setattr(self, f"qkv_{kind}", fused)
+            self.register_parameter(f"qkv_{kind}", fused)
         for name in PROJECTIONS:
             delattr(self, name)
+        self.is_fused = True
 
     @torch.no_grad()
     def unfuse(self) -> None:
         """Gives the projections their own parameters back, bit for bit and in their old order."""
-        if self.qkv_weight is None:
+        if not self.is_fused:
             return
         weights, output = self.qkv_weight, self._modules.pop("o_proj")
         biases = (None, None, None) if self.qkv_bias is None else self.qkv_bias.chunk(3)
@@ -110,7 +111,8 @@ class NoseViTAttention(ViTAttention):
                 module.bias = nn.Parameter(bias.clone(), requires_grad=weights.requires_grad)
             self.add_module(name, module.train(self.training))
         self.add_module("o_proj", output)
-        self.qkv_weight = self.qkv_bias = None
+        del self.qkv_weight, self.qkv_bias
+        self.is_fused = False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -123,7 +125,7 @@ class NoseViTAttention(ViTAttention):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for kind in ("weight", "bias"):
             names = [f"{prefix}{name}.{kind}" for name in PROJECTIONS]
-            if self._parameters[f"qkv_{kind}"] is not None and all(name in state_dict for name in names):
+            if self.is_fused and all(name in state_dict for name in names):
                 state_dict[f"{prefix}qkv_{kind}"] = torch.cat([state_dict.pop(name) for name in names])
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -87,7 +87,7 @@ def test_the_checkpoint_does_not_change(tmp_path):
         files.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
     assert files[0] == files[1]
     loaded = NoseViTForImageClassification.from_pretrained(tmp_path / "fused")
-    assert attention(loaded).qkv_weight is None and torch.equal(logits(loaded, images()), logits(model, images()))
+    assert not attention(loaded).is_fused and torch.equal(logits(loaded, images()), logits(model, images()))
 
 
 def test_a_state_dict_loads_into_fused_projections():
@@ -157,7 +157,7 @@ def test_parameters_and_macs_are_counted_alike():
     one = fused(model)
     assert sum(p.numel() for p in one.parameters()) == sum(p.numel() for p in model.parameters())
     assert count_macs(one) == count_macs(model)
-    assert attention(one).qkv_weight is not None
+    assert attention(one).is_fused
 
 
 # What is refused
