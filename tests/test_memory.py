@@ -63,6 +63,18 @@ def test_the_search_takes_few_forwards_where_memory_is_a_line():
     assert len(tried) <= 6 and max(tried) <= 100
 
 
+def test_a_peak_measured_wrongly_does_not_fill_the_machine():
+    tried = []
+
+    def peak_at(images):
+        tried.append(images)
+        # Eight and thirty-two images look alike: the line through them never meets the budget.
+        return 1000 + (images if images > 32 else images // 8)
+
+    assert largest_batch(peak_at, 3000, 8) == 2000
+    assert all(guess <= 4 * max(tried[:number]) for number, guess in enumerate(tried) if number)
+
+
 def test_nothing_fits():
     assert largest_batch(lambda images: 2000, 1000, 8) == 0
     assert largest_batch(lambda images: None, 1000, 1) == 0
