@@ -134,6 +134,12 @@ def test_what_is_refused_is_told_in_few_words(tmp_path):
         assert len(str(refused.value)) < 400
 
 
+@pytest.mark.parametrize("name", ["removed_attention_layers", "out_indices", "architectures", "a_new_one"])
+def test_long_lists_are_refused_before_their_entries_are_looked_at(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be a list of at most 1001, got 1000000 entries"):
+        read(tmp_path, **{name: [1] * 1_000_000})
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(PATHS),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
