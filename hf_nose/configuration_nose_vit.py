@@ -46,6 +46,9 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
             Tokens per slice of an MLP, counted over batch x tokens; 0 is off.
         chunk_size_attention (`int`, *optional*, defaults to 0):
             Images per slice of an attention layer outside training; 0 is off.
+        class_token_tail (`bool`, *optional*, defaults to `True`):
+            Whether a classifier computes, from its last attention on, nothing but the class token. It changes the cost
+            and no logit, and rests by itself where all tokens are asked for, see [`NoseViTForImageClassification`].
         use_pooler (`bool`, *optional*, defaults to `False`):
             Whether [`NoseViTModel`] has a pooler; true only where the checkpoint has one.
         apply_layernorm (`bool`, *optional*, defaults to `True`):
@@ -71,6 +74,7 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
     drop_path_schedule: str = "linear"
     chunk_size_feed_forward: int = 0
     chunk_size_attention: int = 0
+    class_token_tail: bool = True
     use_pooler: bool = False
     apply_layernorm: bool = True
     token_reduction: dict | None = None

@@ -4,10 +4,8 @@ This file travels to the Hub beside the weights: it imports nothing but torch, t
 Equation numbers are those of "MLP Can Be A Good Transformer Learner" (arXiv 2404.05657).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import cast
 
 import torch
 from torch import nn
@@ -15,13 +13,16 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.vit.modeling_vit import ViTAttention, ViTEmbeddings, ViTPooler, ViTPreTrainedModel
+from transformers.models.vit.modeling_vit import ViTEmbeddings, ViTPooler, ViTPreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_nose_vit import NoseViTAttention
 from .block_nose_vit import NoseViTLayer
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import convert_vit
+from .states_nose_vit import BlockStates, sync_gains_after_loading
+from .stream_nose_vit import class_token_mask, last_attention, rescale_hidden_states, tail_changes_nothing
 
 
 MASK_GAINS = {"skip": 1, "double": 2}
@@ -34,7 +35,7 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
     config_class = NoseViTConfig
     base_model_prefix = "vit"
     _no_split_modules = ["ViTEmbeddings", "NoseViTLayer"]
-    _can_record_outputs = {"hidden_states": NoseViTLayer, "attentions": ViTAttention}
+    _can_record_outputs = {"hidden_states": NoseViTLayer, "attentions": NoseViTAttention}
     # A dense checkpoint has no mask; M must not be rounded by a half-precision load.
     _keys_to_ignore_on_load_missing = [r"dilution_mask$"]
     _keep_in_fp32_modules_strict = ["dilution_mask"]
@@ -165,28 +166,36 @@ class NoseViTPreTrainedModel(ViTPreTrainedModel):
             for layer, gain in before.items():
                 vit.blocks[layer].gain = gain
 
+    @contextmanager
+    def all_tokens(self) -> Iterator[None]:
+        """Within the context a classifier computes all tokens to the end, for hooks that look at them."""
+        config = nose_vit(self).config
+        before, config.class_token_tail = config.class_token_tail, False
+        try:
+            yield
+        finally:
+            config.class_token_tail = before
 
-def rescale_hidden_states(forward: Callable) -> Callable:
-    """Multiplies recorded hidden states back by what folding divided out; sits outside the hooks that record them."""
+    def fuse_qkv_projections(self) -> None:
+        """
+        Makes q, k and v of every attention one matrix product, for inference. The weights are the same numbers in one
+        parameter a layer; what is saved does not change. Raises `ValueError` where they are not plain `Linear`s.
+        """
+        for module in nose_vit(self).modules():
+            if isinstance(module, NoseViTAttention):
+                module.fuse()
 
-    @wraps(forward)
-    def wrapper(self, *args, **kwargs):
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
-        output = forward(self, *args, return_dict=True, **kwargs)
-        if self.config.folded_attention_layers and output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(
-                state if state is None else state * self.config.stream_scale(layer)
-                for layer, state in enumerate(output["hidden_states"], start=-1)
-            )
-        return output.to_tuple() if return_dict is False else output
-
-    return wrapper
+    def unfuse_qkv_projections(self) -> None:
+        """Gives q, k and v their own parameters back, bit for bit; they are new objects to an optimizer."""
+        for module in nose_vit(self).modules():
+            if isinstance(module, NoseViTAttention):
+                module.unfuse()
 
 
-class NoseViTModel(NoseViTPreTrainedModel):
+class NoseViTModel(BlockStates, NoseViTPreTrainedModel):
     """The bare model: embeddings, blocks, final LayerNorm, and a pooler only where `config.use_pooler` says so."""
 
-    dilution_mask: torch.Tensor | None
+    config: NoseViTConfig
 
     def __init__(self, config: NoseViTConfig):
         super().__init__(config)
@@ -197,46 +206,9 @@ class NoseViTModel(NoseViTPreTrainedModel):
         count = len(config.diluted_attention_layers)
         self.register_buffer("dilution_mask", torch.ones(count, dtype=torch.float32) if count else None)
         self.is_mask_zero = False
-        self._start: tuple[int, torch.Tensor] | None = None
+        self._start = None
         self.register_load_state_dict_post_hook(sync_gains_after_loading)
         self.post_init()
-
-    @property
-    def blocks(self) -> list[NoseViTLayer]:
-        """The blocks, from the input on."""
-        return cast(list[NoseViTLayer], list(self.layers))
-
-    @property
-    def kept_attention_layers(self) -> list[int]:
-        """Blocks whose attention is whole: neither diluted nor removed."""
-        gone = {*self.config.removed_attention_layers, *self.config.diluted_attention_layers}
-        return [layer for layer in range(self.config.num_hidden_layers) if layer not in gone]
-
-    def mask_values(self) -> list[float]:
-        """M, one number in [0, 1] per diluted layer in ascending order."""
-        return [] if self.dilution_mask is None else self.dilution_mask.tolist()
-
-    def sync_gains(self, values: list[float] | None = None) -> None:
-        """Sets, from M, whether diluted attention is computed: a Python flag, so that compiling sees it."""
-        if self.dilution_mask is not None and self.dilution_mask.is_meta:
-            return
-        values = self.mask_values() if values is None else values
-        self.is_mask_zero = bool(values) and not any(values)
-        for layer in self.config.diluted_attention_layers:
-            block = self.blocks[layer]
-            block.gain = (2 if block.is_compensated else 1) if self.is_mask_zero else None
-
-    @contextmanager
-    def starting_at(self, layer: int, hidden_states: torch.Tensor) -> Iterator[None]:
-        """
-        Within the context a forward skips the embeddings and the blocks before `layer`: block `layer` is fed
-        `hidden_states` (its recorded input). The head and whatever wraps this model run as ever.
-        """
-        self._start = (layer, hidden_states)
-        try:
-            yield
-        finally:
-            self._start = None
 
     @rescale_hidden_states
     @merge_with_config_defaults
@@ -246,28 +218,56 @@ class NoseViTModel(NoseViTPreTrainedModel):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: torch.Tensor | None = None,
+        class_token_only: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """`pixel_values` (batch, channels, height, width) -> tokens after the final norm (batch, tokens, hidden)."""
+        """
+        `pixel_values` (batch, channels, height, width) -> tokens after the final norm (batch, tokens, hidden). With
+        `class_token_only` the caller needs the class token alone, and (batch, 1, hidden) may come back.
+        """
+        cuts = class_token_only and self.config.class_token_tail
+        cuts = cuts and tail_changes_nothing(self.config, self.training, kwargs)
+        last = last_attention(self.blocks)
         if self._start is None:
             first = 0
-            pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding=bool(interpolate_pos_encoding))
+            # Not kept under a name: in another dtype it is a copy that nothing needs after the embeddings.
+            hidden_states = self.embeddings(
+                pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype),
+                interpolate_pos_encoding=bool(interpolate_pos_encoding),
+            )
         else:
             first, hidden_states = self._start
+            if hidden_states.shape[1] == 1 and last >= first:
+                raise ValueError(
+                    f"starting_at({first}) got hidden_states of the class token alone, recorded behind a class-token "
+                    f"tail, but the attention of block {last} is computed. Record them within all_tokens()."
+                )
         token_mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         diluted = self.config.diluted_attention_layers
         values = () if self.dilution_mask is None else self.dilution_mask.unbind()
         masks = dict(zip(diluted, values, strict=True))
+        if cuts and last < first:
+            hidden_states = hidden_states[:, :1]
         for layer in range(first, len(self.layers)):
-            hidden_states = self.layers[layer](hidden_states, token_mask, mask=masks.get(layer), **kwargs)
+            begins_tail = cuts and layer == last
+            if begins_tail:
+                token_mask = class_token_mask(self.config, hidden_states, attention_mask)
+            options = {"mask": masks.get(layer), "class_token_only": begins_tail, **kwargs}
+            hidden_states = self.layers[layer](hidden_states, token_mask, **options)
         hidden_states = self.layernorm(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
 class NoseViTForImageClassification(NoseViTPreTrainedModel):
-    """A linear head on the class token after the final norm."""
+    """
+    A linear head on the class token after the final norm.
+
+    The last attention that is computed has one query, and nothing but the class token goes on from there, in training
+    as in inference: no logit and no gradient changes beyond rounding. All tokens are computed where hidden states or
+    attentions are asked for, in training with dropout (whose draws would be others), within `all_tokens()`, and with
+    `config.class_token_tail` off.
+    """
 
     def __init__(self, config: NoseViTConfig):
         config.use_pooler = False
@@ -288,18 +288,17 @@ class NoseViTForImageClassification(NoseViTPreTrainedModel):
     ) -> ImageClassifierOutput:
         """`pixel_values` (batch, channels, height, width), `labels` (batch,) -> logits (batch, classes) and loss."""
         outputs = self.vit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, **kwargs
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            class_token_only=True,
+            **kwargs,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def sync_gains_after_loading(module: NoseViTModel, _incompatible_keys) -> None:
-    """`load_state_dict` post-hook, a named function so that a model can be pickled."""
-    module.sync_gains()
 
 
 def nose_vit(model: nn.Module) -> NoseViTModel:

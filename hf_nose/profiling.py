@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PretrainedConfig
 from transformers.models.vit.modeling_vit import ViTAttention
 
+from .attention_nose_vit import NoseViTAttention
+
 
 LAYER_NORM_MACS_PER_ELEMENT = 5
 
@@ -42,8 +44,8 @@ def count_macs(
     plus patch embedding and head, a LayerNorm at 5 per element; softmax, activations and sums are not counted).
 
     One forward on the meta device, counted by hooks from the shapes that really pass: a block without attention, an
-    attention that is not computed because M = 0, and tokens dropped on the way are all seen. Nothing is computed, and
-    the weights of a model are neither copied nor touched.
+    attention that is not computed because M = 0, and tokens dropped on the way (a classifier's class-token tail) are
+    all seen. Nothing is computed, and the weights of a model are neither copied nor touched.
 
     Args:
         config_or_model (`PretrainedConfig` or `nn.Module`):
@@ -66,6 +68,10 @@ def count_macs(
     else:
         model = _meta_copy(config_or_model)
     model.eval()
+    for module in model.modules():
+        if isinstance(module, NoseViTAttention):
+            # Three products or one cost the same, and the hooks know three.
+            module.unfuse()
     config = model.config
     own_size = _height_and_width(config.image_size)
     size = own_size if image_size is None else _height_and_width(image_size)

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "hf_nose"
 # From the ground up: a module may import those before it and no other. A new module gets its place here.
 LAYERS = [
     "configuration_nose_vit",
+    "attention_nose_vit",
     "block_nose_vit",
+    "states_nose_vit",
+    "stream_nose_vit",
     "conversion_nose_vit",
     "modeling_nose_vit",
     "backbone_nose_vit",

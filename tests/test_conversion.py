@@ -60,14 +60,14 @@ def test_from_a_folder(tmp_path, rename):
     keys = set(load_file(tmp_path / "model.safetensors"))
     assert ("vit.encoder.layer.0.attention.attention.query.weight" in keys) == (rename is old_name)
     for source in (tmp_path, str(tmp_path)):
-        made = NoseViTForImageClassification.from_vit(source)
+        made = NoseViTForImageClassification.from_vit(source, class_token_tail=False)
         assert not made.training
         assert torch.equal(logits(made, images()), logits(stock_vit(), images()))
 
 
 def test_from_an_object_copies_and_leaves_it_alone():
     stock = copy.deepcopy(stock_vit())
-    made = NoseViTForImageClassification.from_vit(stock, [1, 3])
+    made = NoseViTForImageClassification.from_vit(stock, [1, 3], class_token_tail=False)
     assert torch.equal(logits(made, images()), logits(nose([1, 3]), images()))
     with torch.no_grad():
         for parameter in made.parameters():
@@ -334,7 +334,7 @@ def test_a_bfloat16_source_keeps_its_dtype_and_an_exact_mask(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_dtype_of_the_source_is_kept(dtype):
     stock = copy.deepcopy(stock_vit()).to(dtype)
-    made = NoseViTForImageClassification.from_vit(stock)
+    made = NoseViTForImageClassification.from_vit(stock, class_token_tail=False)
     assert {parameter.dtype for parameter in made.parameters()} == {dtype}
     assert torch.equal(logits(made, images(dtype=dtype)), logits(stock, images(dtype=dtype)))
 
@@ -344,7 +344,7 @@ def test_the_dtype_of_the_source_is_kept(dtype):
 
 def test_deit_tiny(deit_tiny, imagenet_pixels):
     stock = ViTForImageClassification.from_pretrained(deit_tiny)
-    made = NoseViTForImageClassification.from_vit(str(deit_tiny))
+    made = NoseViTForImageClassification.from_vit(str(deit_tiny), class_token_tail=False)
     assert torch.equal(logits(made, imagenet_pixels), logits(stock, imagenet_pixels))
     assert sum(parameter.numel() for parameter in made.parameters()) == 5_717_416
     assert made.config.id2label[1] == "goldfish, Carassius auratus"

@@ -47,6 +47,9 @@ PUBLISHED_GMACS = [
 
 def deit(size, config_class=NoseViTConfig, **fields):
     hidden, heads = HIDDEN_AND_HEADS[size]
+    if config_class is NoseViTConfig:
+        # The paper counts all tokens to the end.
+        fields = {"class_token_tail": False, **fields}
     return config_class(
         hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden, num_labels=1000, **fields
     )
