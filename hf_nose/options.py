@@ -82,6 +82,7 @@ class RemovalOptions(JobOptions):
     num_draws: int = option(1, "Sets the random search draws and scores; the first is taken.")
     confidence: float = option(0.99, "Confidence of the racing search that it picks what the greedy one would.")
     search_bf16: bool = option(False, "Score in bfloat16; what that changes is measured on the first batch.")
+    search_tail: bool = option(False, "Score by the class token alone from the last attention on.")
     stack_candidates: bool = option(False, "Score candidates as one growing batch: for a GPU that one does not fill.")
     state_cache_gib: float = option(
         1.0, "Block inputs kept on the device between rounds of the search, up to so many GiB."

@@ -5,6 +5,7 @@ prefix cache). The results are those of the naive search; what may change their 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -49,6 +50,8 @@ class SetScorer:
             that a single batch does not fill; rounding differs.
         state_cache_gib (`float`, *optional*, defaults to 0): block inputs of up to so many GiB are kept on the model's
             device from one round of a greedy search to the next, which then costs the blocks behind the last choice.
+        class_token_tail (`bool`, *optional*, defaults to `False`): compute nothing but the class token from the last
+            attention on, where the model's config allows it too; off, scores have the bits of a stock ViT's forward.
         bf16 (`bool`, *optional*, defaults to `False`): forwards under bfloat16 autocast; `precision` tells the error.
         rank, world_size (`int`, *optional*): which of several processes this is; as accelerate says by default.
 
@@ -67,6 +70,7 @@ class SetScorer:
         target: Target = "logits",
         stack_candidates: bool = False,
         state_cache_gib: float = 0.0,
+        class_token_tail: bool = False,
         bf16: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
@@ -85,7 +89,7 @@ class SetScorer:
         self.rank, self.world_size = place(rank, world_size)
         if not 0 <= state_cache_gib < float("inf"):
             raise ValueError(f"state_cache_gib must be 0 or more, got {state_cache_gib}.")
-        self.bf16 = bf16
+        self.class_token_tail, self.bf16 = class_token_tail, bf16
         self.forwards = MaskedForwards(self.vit, self._outputs, mask, stack_candidates, int(state_cache_gib * 2**30))
         self.num_images = 0
         self.dense: Evidence | None = None
@@ -152,9 +156,11 @@ class SetScorer:
         One pass over this rank's batches, or those of them in `numbers`, which fills `found`. What is not finite ends
         it, for all ranks to raise together.
         """
-        autocast = torch.autocast(self.vit.device.type, torch.bfloat16, enabled=self.bf16)
-        # All tokens, so that scores are to the bit those of a stock ViT's forward.
-        with evaluating(self.model), self.vit.all_tokens(), autocast:
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(torch.autocast(self.vit.device.type, torch.bfloat16, enabled=self.bf16))
+            if not self.class_token_tail:
+                stack.enter_context(self.vit.all_tokens())
             for index, batch in deal(self.batches, self.rank, self.world_size, numbers):
                 batch = {name: tensor.to(self.vit.device) for name, tensor in batch.items()}
                 see = partial(self._see, found, batch, index)
@@ -167,7 +173,7 @@ class SetScorer:
     def _outputs(self, pixel_values: torch.Tensor) -> Any:
         """The whole model where logits are asked for, the bare ViT where its class token is."""
         wants_logits = self.criterion.needs_logits or self.target != "features"
-        return self.model(pixel_values) if wants_logits else self.vit(pixel_values)
+        return self.model(pixel_values) if wants_logits else self.vit(pixel_values, class_token_only=True)
 
     def _see(self, found: dict[LayerSet, Found], batch: Batch, index: int, layers: LayerSet, outputs: Any) -> None:
         """Adds what one forward of the `index`-th batch gave."""

@@ -75,6 +75,7 @@ def select_attention_layers(
     confidence: float = 0.99,
     stack_candidates: bool = False,
     state_cache_gib: float = 0.0,
+    class_token_tail: bool = False,
     bf16: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
@@ -83,8 +84,8 @@ def select_attention_layers(
     Picks the `num_layers` attention layers that the output misses least.
 
     Args:
-        model, batches, criterion, mask, sign, target, stack_candidates, state_cache_gib, rank, world_size: see
-            [`SetScorer`].
+        model, batches, criterion, mask, sign, target, stack_candidates, state_cache_gib, class_token_tail, rank,
+            world_size: see [`SetScorer`].
         num_layers (`int`): N, from 1 to one less than the attention layers there are.
         search (`str`, *optional*, defaults to `"greedy"`):
             `"greedy"` (Algorithm 1), `"racing"` (the same, on fewer images, see [`Race`]), `"beam"`,
@@ -119,6 +120,7 @@ def select_attention_layers(
         target=target,
         stack_candidates=stack_candidates,
         state_cache_gib=state_cache_gib,
+        class_token_tail=class_token_tail,
         rank=rank,
         world_size=world_size,
     )

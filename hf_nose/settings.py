@@ -115,7 +115,7 @@ DEPENDS = {
     "profile": ("num_calibration calibration_batch_size tokens"),
     "select": (
         "seed num_calibration calibration_batch_size num_removed ratio layers criterion search "
-        "beam_width num_draws confidence search_bf16 stack_candidates mask sign target"
+        "beam_width num_draws confidence search_bf16 search_tail stack_candidates mask sign target"
     ),
     "dilute": (
         "seed steps epochs schedule decay unit order feature_compensation control teacher distillation_weight "

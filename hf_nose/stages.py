@@ -115,6 +115,7 @@ def select(run: RunContext) -> dict[str, Any]:
             confidence=settings.confidence,
             stack_candidates=settings.stack_candidates,
             state_cache_gib=settings.state_cache_gib,
+            class_token_tail=settings.search_tail,
             bf16=settings.search_bf16,
         )
     run.say(f"Picked, in this order: {selection.layers}")

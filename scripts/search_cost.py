@@ -30,11 +30,18 @@ from hf_nose.records import public_id
 # Options of `select_attention_layers`; `{}` is the prefix cache alone. The cache's size comes from the command line.
 ARMS: dict[str, dict[str, Any]] = {
     "prefix": {},
-    "kept": {"keeps": True},
-    "stacked": {"keeps": True, "stack_candidates": True},
-    "bf16": {"keeps": True, "stack_candidates": True, "bf16": True},
-    "racing": {"keeps": True, "search": "racing"},
-    "racing_bf16": {"keeps": True, "search": "racing", "stack_candidates": True, "bf16": True},
+    "tail": {"class_token_tail": True},
+    "kept": {"keeps": True, "class_token_tail": True},
+    "stacked": {"keeps": True, "class_token_tail": True, "stack_candidates": True},
+    "bf16": {"keeps": True, "class_token_tail": True, "stack_candidates": True, "bf16": True},
+    "racing": {"keeps": True, "class_token_tail": True, "search": "racing"},
+    "racing_bf16": {
+        "keeps": True,
+        "class_token_tail": True,
+        "search": "racing",
+        "stack_candidates": True,
+        "bf16": True,
+    },
 }
 
 
@@ -48,9 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num_removed", type=int, default=5, help="layers to pick")
     parser.add_argument("--num_calibration", type=int, default=256, help="images to search on")
     parser.add_argument("--batch_size", type=int, default=16, help="images a forward")
-    parser.add_argument("--arms", default="prefix,kept,racing", help=f"comma-separated, among {', '.join(ARMS)}")
+    parser.add_argument("--arms", default="prefix,tail,kept,racing", help=f"comma-separated, among {', '.join(ARMS)}")
     parser.add_argument("--confidence", type=float, default=0.99, help="of the races")
-    parser.add_argument("--state_cache_gib", type=float, default=4.0, help="block inputs kept by all arms but prefix")
+    parser.add_argument(
+        "--state_cache_gib", type=float, default=4.0, help="block inputs kept between rounds, in arms that do"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="times that every search is made, in turn")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")

@@ -171,6 +171,47 @@ def test_stacked_candidates_with_eager_attention():
         assert score.value == pytest.approx(naive_search.value((1, layer), "transfer_entropy"), rel=1e-3)
 
 
+def tailed(dtype=torch.float64):
+    return nose(dtype=dtype, class_token_tail=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"state_cache_gib": 1}, {"stack_candidates": True},
+                                     {"stack_candidates": True, "state_cache_gib": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("criterion, target", [("transfer_entropy", "logits"), ("transfer_entropy", "features"),
+                                               ("prediction_kl", "logits")])  # fmt: skip
+def test_the_tail_changes_no_score(criterion, target, options):
+    """Down to one attention that is left, so that it begins everywhere."""
+    images = batches(dtype=torch.float64)
+    options = {"criterion": criterion, "target": target, **options}
+    tail = select_attention_layers(tailed(), images, 5, class_token_tail=True, **options)
+    whole = select_attention_layers(tailed(), images, 5, **options)
+    assert tail.block_forwards == whole.block_forwards
+    for ours, theirs in zip(tail.trace, whole.trace, strict=True):
+        assert ours["picked"] == theirs["picked"]
+        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("stacks", [False, True])
+@pytest.mark.parametrize("target", ["logits", "features"])
+def test_the_tail_is_there_and_can_be_switched_off(target, stacks):
+    tokens = {}
+    for tail in (True, False):
+        model, seen = tailed(), []
+        model.vit.layernorm.register_forward_hook(lambda *args, seen=seen: seen.append(args[-1].shape[1]))
+        options = {"class_token_tail": tail, "stack_candidates": stacks, "state_cache_gib": 1}
+        select_attention_layers(model, batches(dtype=torch.float64), 3, target=target, **options)
+        tokens[tail] = set(seen)
+        assert model.config.class_token_tail is True
+    assert tokens == {True: {1}, False: {17}}
+
+
+def test_scores_without_the_tail_have_the_bits_of_a_model_without_it():
+    with_tail, without = (nose(class_token_tail=tail) for tail in (True, False))
+    assert (
+        select_attention_layers(with_tail, batches(), 3).trace == select_attention_layers(without, batches(), 3).trace
+    )
+
+
 @pytest.mark.parametrize("stacks", [False, True])
 def test_what_is_not_finite_leaves_the_model_as_it_was(stacks):
     model = nose()
