@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from .figures import STYLE
 from .files import write_bytes
-from .shapes import SHAPES, published_figures
+from .published import shape_figures
+from .shapes import SHAPES
 
 
 # Dark to light would order what has no order: distinct hues, and a marker each for those who cannot tell them apart.
@@ -94,7 +95,7 @@ def _accuracy_panel(axes: Any, shape: str, group: dict[str, Any]) -> None:
     shown = {}
     for index, model in enumerate(group["models"]):
         if shape in SHAPES and model["kind"] != "checkpoint":
-            top1 = published_figures(shape, len(model["removed"])).get("top1")
+            top1 = shape_figures(shape, len(model["removed"])).get("top1")
             if top1 is not None:
                 shown[index] = (model["name"], model["images_per_s"], top1)
     if not shown:

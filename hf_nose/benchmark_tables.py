@@ -10,7 +10,8 @@ from typing import Any
 
 from .files import write_text
 from .memory import UNITS
-from .shapes import SHAPES, published_figures, published_setting
+from .published import shape_figures, shape_setting
+from .shapes import SHAPES
 
 
 # Of a model in a group, as in the record; lists become one column an item.
@@ -133,7 +134,7 @@ def _group(entry: dict[str, Any]) -> str:
     if is_timed:
         lines += ["", *_words(entry)]
     if paper:
-        lines += ["", f"The paper's columns: {published_setting(entry['shape'])}, another machine and another code."]
+        lines += ["", f"The paper's columns: {shape_setting(entry['shape'])}, another machine and another code."]
     return "\n".join(lines)
 
 
@@ -178,16 +179,16 @@ def _published(entry: dict[str, Any]) -> dict[str, list[str]]:
     """The paper's images per second and their ratio to dense by name, where this group is in its setting."""
     if entry["shape"] not in SHAPES or (entry["dtype"], entry["attention"]) != ("float32", "eager"):
         return {}
-    if entry["torch_compile"] or not published_setting(entry["shape"]).endswith(f" batch {entry['batch_size']}"):
+    if entry["torch_compile"] or not shape_setting(entry["shape"]).endswith(f" batch {entry['batch_size']}"):
         return {}
     return _paper_cells(entry, "images_per_s")
 
 
 def _paper_cells(entry: dict[str, Any], metric: str) -> dict[str, list[str]]:
     """A figure of the paper, and what it is of its dense model's, for every model that the paper has."""
-    dense, cells = published_figures(entry["shape"], 0)[metric], {}
+    dense, cells = shape_figures(entry["shape"], 0)[metric], {}
     for model in entry["models"]:
-        value = published_figures(entry["shape"], len(model["removed"])).get(metric)
+        value = shape_figures(entry["shape"], len(model["removed"])).get(metric)
         # Its dense model is the stock one; variants are ours.
         is_ours = model["variant_of"] is not None or model["kind"] == "checkpoint"
         if value is not None and not is_ours and (model["kind"] == "stock" or model["removed"]):

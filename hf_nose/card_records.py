@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import ViTConfig
-
 from .card_words import TOLD
 from .cards import render_card
 from .command_line import read_recipe, recipe_path
@@ -15,9 +13,10 @@ from .configuration_nose_vit import NoseViTConfig, __version__
 from .inspection import check_weights, dense, layers, on_meta, read_config
 from .plan import parse_layers
 from .profiling import count_macs, count_parameters
-from .published import BASES, HEAD_SIZE, IMAGENET, NUM_BLOCKS, checkpoint_name, published_figures
+from .published import BASES, IMAGENET, NUM_BLOCKS, checkpoint_name, published_figures
 from .records import Records, public_name, read_records
 from .report import CAPTIONS
+from .shapes import shape_config
 
 
 ARCHITECTURE = "NoseViTForImageClassification"
@@ -176,13 +175,7 @@ def recipe_record(name: str) -> dict[str, Any]:
     base = BASES.get(recipe["model"])
     if base is None or recipe["dataset"] != IMAGENET:
         raise ValueError(f"recipe must start from one of {sorted(BASES)} on {IMAGENET}, got {recipe['model']}.")
-    dense_vit = ViTConfig(
-        hidden_size=base.hidden_size,
-        num_attention_heads=base.hidden_size // HEAD_SIZE,
-        intermediate_size=4 * base.hidden_size,
-        num_hidden_layers=NUM_BLOCKS,
-    )
-    config = NoseViTConfig.from_vit(dense_vit, num_labels=1000)
+    config = NoseViTConfig.from_vit(shape_config(base.shape))
     given = parse_layers(recipe["layers"]) if "layers" in recipe else []
     count = len(given) or round(recipe["ratio"] * NUM_BLOCKS)
     # Which layers go changes neither parameters nor MACs.

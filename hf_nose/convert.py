@@ -22,6 +22,7 @@ from .manifests import sha256
 from .modeling_nose_vit import NoseViTForImageClassification
 from .plan import parse_layers
 from .published import BASES, HEAD_SIZE, IMAGENET, checkpoint_name, published_figures
+from .shapes import SHAPES
 from .surgery import fold
 
 
@@ -169,10 +170,9 @@ def released_config(
 ) -> NoseViTConfig:
     """The configuration of the unfolded model: sizes from the tensors, names of the classes from the base model's."""
     classes, hidden = state["head.weight"].shape
-    if hidden != BASES[base_id].hidden_size:
-        raise ValueError(
-            f"The file's name says {base_id}, of width {BASES[base_id].hidden_size}; its tensors {hidden}."
-        )
+    expected, _ = SHAPES[BASES[base_id].shape]
+    if hidden != expected:
+        raise ValueError(f"The file's name says {base_id}, of width {expected}; its tensors {hidden}.")
     patch = state["patch_embed.proj.weight"].shape[-1]
     side = math.isqrt(state["pos_embed"].shape[1] - 1)
     labels = base.get("id2label")

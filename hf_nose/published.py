@@ -12,7 +12,8 @@ class Published(NamedTuple):
     """Where the figures of one base model stand in the paper, and how its compressed ones are called there."""
 
     size: str
-    hidden_size: int
+    # As `shapes.SHAPES` calls it.
+    shape: str
     table: str
     setting: str
     dense: str
@@ -23,18 +24,18 @@ IMAGENET = "ILSVRC/imagenet-1k"
 # By the id of the base model: the methods by how many of its 12 attention layers they remove.
 BASES = {
     "facebook/deit-base-patch16-224": Published(
-        "b", 768, "1", "DeiT-B ImageNet-1k V100-32GB batch 128", "DeiT-B", {5: "NOSE 40%", 6: "NOSE 50%"}
+        "b", "deit-base", "1", "DeiT-B ImageNet-1k V100-32GB batch 128", "DeiT-B", {5: "NOSE 40%", 6: "NOSE 50%"}
     ),
     "facebook/deit-small-patch16-224": Published(
         "s",
-        384,
+        "deit-small",
         "8",
         "DeiT-S ImageNet-1k RTX3090 batch 256",
         "DeiT-S",
         {3: "NOSE 25%", 4: "NOSE 30%", 5: "NOSE 40%"},
     ),
     "facebook/deit-tiny-patch16-224": Published(
-        "t", 192, "8", "DeiT-T ImageNet-1k RTX3090 batch 256", "DeiT-T", {3: "NOSE 25%", 4: "NOSE 30%"}
+        "t", "deit-tiny", "8", "DeiT-T ImageNet-1k RTX3090 batch 256", "DeiT-T", {3: "NOSE 25%", 4: "NOSE 30%"}
     ),
 }
 HEAD_SIZE, NUM_BLOCKS = 64, 12
@@ -69,6 +70,23 @@ def published_figures(base_model_id: str | None, dataset_id: str | None, num_rem
         "dense": figures(base.table, base.setting, base.dense),
         "compressed": figures(base.table, base.setting, base.compressed[num_removed]),
     }
+
+
+def shape_figures(shape: str, num_removed: int) -> dict[str, float]:
+    """
+    The paper's figures of a named shape with so many layers removed, by the metrics of published.csv (`gmacs`,
+    `params_m`, `images_per_s`, `images_in_10gb`, `top1`, ...); empty where the paper has no such row.
+    """
+    for base in BASES.values():
+        method = {0: base.dense, **base.compressed}.get(num_removed)
+        if base.shape == shape and method is not None:
+            return {metric: float(value) for metric, value in figures(base.table, base.setting, method).items()}
+    return {}
+
+
+def shape_setting(shape: str) -> str:
+    """What the paper's figures of a named shape were measured on."""
+    return next(base.setting for base in BASES.values() if base.shape == shape)
 
 
 def checkpoint_name(base_model_id: str, num_removed: int, num_blocks: int = NUM_BLOCKS) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 from transformers import PretrainedConfig, ViTConfig
@@ -34,14 +32,6 @@ PUBLISHED_SETS = {
     ("deit-small", 4): [0, 2, 4, 6],
     ("deit-tiny", 3): [0, 2, 4],
     ("deit-tiny", 4): [0, 2, 4, 6],
-}
-# The paper's nominal ratios, by the number of layers of 12.
-NOMINAL_RATIOS = {3: 25, 4: 30, 5: 40, 6: 50}
-# Table, beginning of the setting and name of the dense model in published.csv.
-PUBLISHED_ROWS = {
-    "deit-tiny": ("8", "DeiT-T"),
-    "deit-small": ("8", "DeiT-S"),
-    "deit-base": ("1", "DeiT-B"),
 }
 
 
@@ -85,39 +75,6 @@ def removed_layers(text: str, config: PretrainedConfig) -> list[int]:
             f"removed must take at least one and at most {blocks - 1} of the layers 0 to {blocks - 1}, got {text!r}."
         )
     return layers
-
-
-def published_figures(shape: str, num_removed: int) -> dict[str, float]:
-    """
-    The paper's figures of a named shape with so many layers removed, by the metrics of published.csv (`gmacs`,
-    `params_m`, `images_per_s`, `images_in_10gb`, `top1`, ...); empty where the paper has no such row.
-    """
-    if shape not in PUBLISHED_ROWS or num_removed not in (0, *NOMINAL_RATIOS):
-        return {}
-    table, dense = PUBLISHED_ROWS[shape]
-    method = f"NOSE {NOMINAL_RATIOS[num_removed]}%" if num_removed else dense
-    return published_row(table, dense, method)
-
-
-def published_row(table: str, setting: str, method: str) -> dict[str, float]:
-    """One method's figures by metric; the setting is named by its beginning. Empty where there is no such row."""
-    with (resources.files("hf_nose") / "assets" / "published.csv").open(encoding="utf-8") as file:
-        return {
-            row["metric"]: float(row["value"])
-            for row in csv.DictReader(file)
-            if (row["table"], row["method"]) == (table, method) and row["setting"].startswith(setting)
-        }
-
-
-def published_setting(shape: str) -> str:
-    """What the paper's figures of a named shape were measured on."""
-    table, dense = PUBLISHED_ROWS[shape]
-    with (resources.files("hf_nose") / "assets" / "published.csv").open(encoding="utf-8") as file:
-        return next(
-            row["setting"]
-            for row in csv.DictReader(file)
-            if row["table"] == table and row["setting"].startswith(dense) and row["metric"] == "images_per_s"
-        )
 
 
 def num_tokens(config: PretrainedConfig) -> int:

@@ -25,7 +25,8 @@ from hf_nose.benchmark_figures import draw_pareto
 from hf_nose.benchmark_tables import markdown_table, tables, write_tables
 from hf_nose.contenders import CHUNKED, contenders
 from hf_nose.files import read_json, write_text
-from hf_nose.shapes import SHAPES, published_figures
+from hf_nose.published import shape_figures
+from hf_nose.shapes import SHAPES
 
 
 RESULTS = Path(__file__).resolve().parent.parent / "model_cards" / "results" / "speed"
@@ -198,7 +199,7 @@ def costs() -> list[str]:
     for shape in SHAPES:
         for contender in contenders([shape], ["25%", "30%", "40%", "50%"])[shape]:
             if contender.kind != "stock":
-                count, paper = contender.costs(), published_figures(shape, len(contender.removed))
+                count, paper = contender.costs(), shape_figures(shape, len(contender.removed))
                 row = [contender.name, " ".join(map(str, contender.removed)), f"{count['parameters'] / 1e6:.2f}"]
                 row += [f"{count[key] / 1e9:.2f}" for key in ("macs", "macs_computed")]
                 rows.append([*row, *(f"{paper[key]:.1f}" if paper else "" for key in ("params_m", "gmacs"))])
