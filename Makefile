@@ -31,6 +31,7 @@ style: $(STAMP)  ## mend style and format
 results: $(STAMP)  ## write the generated parts of README.md and of the results from the committed JSON and the files
 	$(PYTHON) scripts/render_results.py
 	$(PYTHON) scripts/benchmark.py render
+	$(PYTHON) scripts/render_pages.py
 
 clean:  ## remove caches and build leftovers; .venv and runs/ stay
 	rm -rf build dist hf_nose.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,52 +1,23 @@
 """float16: a compensated stream that grows past its largest number, and the folded one that does not grow."""
 
 import copy
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from reference_vit import images, logits, stock_vit
-from torch import nn
+from tiny_run import finished_run
 from transformers import ViTForImageClassification
 
 from hf_nose import NoseViTForImageClassification
 from hf_nose.surgery import fold
 
 
-LARGEST = torch.finfo(torch.float16).max
-
-
-@torch.no_grad()
-def scaled(stock: ViTForImageClassification, factor: float) -> ViTForImageClassification:
-    """The same function with a stream `factor` times as large: exact, where that is a power of two."""
-    stock = copy.deepcopy(stock)
-    stock.config.layer_norm_eps *= factor**2
-    embeddings = stock.vit.embeddings
-    modules = [embeddings.patch_embeddings.projection]
-    for block in stock.vit.layers:
-        modules += [block.attention.o_proj, block.mlp.fc2]
-    for parameter in (embeddings.cls_token, embeddings.position_embeddings):
-        parameter *= factor
-    for module in modules:
-        module.weight *= factor
-        module.bias *= factor
-    for module in stock.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps *= factor**2
-    return stock
-
-
-def largest(model, pixel_values) -> float:
-    """The largest number that a block hands on."""
-    seen = []
-    hooks = [
-        block.register_forward_hook(lambda *args: seen.append(float(args[2].abs().max())))
-        for block in model.vit.layers
-    ]
-    with model.all_tokens():
-        logits(model, pixel_values)
-    for hook in hooks:
-        hook.remove()
-    return max(seen)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from half_precision import LARGEST, largest, main, scaled  # noqa: E402
 
 
 def unfolded_and_folded(stock, layers):
@@ -85,6 +56,23 @@ def test_where_nothing_overflows_both_agree_in_float16():
         assert largest(model, images(8)) < LARGEST
         made = logits(copy.deepcopy(model).half(), images(8).half()).float()
         assert (made - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.slow
+def test_the_script_says_what_overflows(tmp_path_factory):
+    output = tmp_path_factory.mktemp("half") / "half.json"
+    words = [f"--model={finished_run(tmp_path_factory) / 'dense'}", "--dataset=digits", "--max_eval_samples=16"]
+    assert main([*words, "--layers", "0", "1", "--factor", str(2.0**14), f"--output={output}"]) == 0
+    record = json.loads(output.read_text())
+    peaks, unfolded, folded = (
+        record["largest_by_doublings"],
+        record["scaled"]["unfolded"],
+        record["scaled"]["folded"],
+    )
+    assert len(peaks) == 5 and peaks[0] < peaks[-1] < record["largest_float16"] == LARGEST == 65_504
+    assert unfolded["largest"] > LARGEST > folded["largest"]
+    assert unfolded["finite_rows"] < folded["finite_rows"] == folded["same_argmax"] == 16
+    assert 0 < folded["relative_error"] < 5e-3
 
 
 # Real weights

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from reference_vit import images, logits, nose
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
@@ -78,6 +80,23 @@ def test_the_lines_of_python_run(deit_tiny, imagenet, tmp_path, monkeypatch):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "deit-b-nose40")
     assert len(model.config.removed_attention_layers) == 5
     assert AutoImageProcessor.from_pretrained(tmp_path / "deit-b-nose40", backend="pil").size["height"] == 224
+
+
+@pytest.mark.slow
+def test_the_lines_on_speed_run_and_change_no_logit():
+    block = next(code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "fuse_qkv" in code)
+    # Inductor needs a C++ compiler.
+    assert block.count("fullgraph=True") == 1
+    block = block.replace("fullgraph=True", 'fullgraph=True, backend="aot_eager"')
+    model, pixel_values = nose(), images(6)
+    expected = logits(model, pixel_values)
+    names = {"model": model, "pixel_values": pixel_values}
+    exec(block, names)
+    with torch.no_grad():
+        for made in (logits(model, pixel_values), names["compiled"](pixel_values).logits):
+            assert torch.allclose(made, expected, rtol=1e-5, atol=1e-5)
+    assert (model.config.class_token_tail, model.config.chunk_size_attention) == (False, 4)
+    assert model.config.chunk_size_feed_forward == 788
 
 
 def test_every_file_has_a_line_in_the_tree():
