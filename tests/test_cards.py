@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from run_records import LAYERS, records, write_run
 
 from hf_nose.card_records import card_record, export_card, recipe_record, run_record
 from hf_nose.cards import render_card
+from hf_nose.command_line import read_recipe, recipe_path
 from hf_nose.configuration_nose_vit import NoseViTConfig
 from hf_nose.files import read_json, write_json
 from hf_nose.published import BASES, checkpoint_name, published_figures, rows
@@ -31,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS = ROOT / "model_cards"
 sys.path.insert(0, str(ROOT / "scripts"))
 import render_cards  # noqa: E402
-from cifar10_plans import SHORT  # noqa: E402
+from cifar10_plans import SHORT, TRAINING  # noqa: E402
 from cifar10_summary import summary  # noqa: E402
 
 
@@ -382,7 +384,7 @@ def cifar_results(folder, accuracies):
     folder.mkdir()
     for arm, accuracy in accuracies.items():
         for seed in (0, 1):
-            hits = np.random.default_rng(hash(arm) % 1000 + seed).random(2000) < accuracy
+            hits = np.random.default_rng(zlib.crc32(arm.encode()) + seed).random(2000) < accuracy
             record = {
                 "arm": arm,
                 "seed": seed,
@@ -426,9 +428,33 @@ def test_the_cifar_card_says_what_was_lost(tmp_path):
     assert "3, 5, 1, 8, 7; 3, 5, 1, 8, 8" in card.text and "70.0, 71.0" in card.text
     assert card.data.base_model == "facebook/deit-tiny-patch16-224" and card.data.datasets == ["uoft-cs/cifar10"]
     (result,) = card.data.eval_results
-    assert result.metric_value == pytest.approx(arms["nose-dilution-compensated"]["top1_mean"] / 100)
+    assert result.metric_value == pytest.approx(arms["nose-one-shot"]["top1_mean"] / 100)
     assert set(NUMBER.findall(body(str(card)))) <= explained(record)
     assert "Speed: the runs shared their machine" in card.text
+
+
+def test_every_arm_of_the_plan_has_a_name():
+    assert {"dense", *SHORT.arms} <= set(render_cards.ARMS)
+
+
+def test_the_best_arm_was_run_with_every_seed(tmp_path):
+    folder = cifar_results(tmp_path / "cifar10-deit-tiny", {**ACCURACIES, "nose-dilution": 0.95})
+    (folder / "nose-dilution-seed1.json").unlink()
+    assert render_cards.best_arm(summary(folder, SHORT)) == "nose-one-shot"
+
+
+def test_the_short_recipe_is_the_best_arm_of_the_committed_table():
+    path = CARDS / "results" / "cifar10-deit-tiny" / "summary.json"
+    if not path.is_file():
+        pytest.skip("The experiment is not finished.")
+    found = read_json(path)
+    arm = {**TRAINING, **SHORT.arms[render_cards.best_arm(found)], "epochs": SHORT.epochs}
+    recipe = read_recipe(recipe_path("short"))
+    # How often it saves and looks is no part of what was found.
+    skipped = {"eval_batch_size", "eval_steps", "save_steps", "logging_steps", "cache_gib"}
+    assert {name: recipe.get(name) for name in set(arm) - skipped} == {
+        name: value for name, value in arm.items() if name not in skipped
+    }
 
 
 def test_an_unfinished_experiment_has_no_card(tmp_path):
