@@ -57,14 +57,14 @@ def summary(results: Path, plan: Plan) -> dict[str, Any]:
 
 
 def rivals(arm: str, plan: Plan) -> dict[str, list[str]]:
-    """The arms that an arm is compared with, by the gap's name."""
+    """The arms that an arm is compared with, by the gap's name; never itself."""
     values = plan.arms.get(arm, {"dense": True})
     if "transfer_from" in values:
         return {"dense_trained_on": [arm.replace(values["transfer_from"], CONTROL)]}
     known = {"dense_trained_on": [CONTROL]}
-    return (
-        known if "dense" in values else {**known, "one_shot": [plan.search_arm(arm)], "random": plan.random_arms(arm)}
-    )
+    if "dense" not in values:
+        known |= {"one_shot": [plan.search_arm(arm)], "random": plan.random_arms(arm)}
+    return {name: arms for name, arms in known.items() if arms != [arm]}
 
 
 def unpacked(record: dict[str, Any]) -> np.ndarray:

@@ -204,11 +204,12 @@ def cifar_headline(arms: dict[str, Any], best: str) -> list[str]:
     change = [f"{100 * (small[key] / dense[key] - 1):+.1f} %" for key in ("parameters", "macs")]
     lines = [f"Gained: parameters {change[0]}, MACs {change[1]}, in every arm without attention layers."]
     control = f"{arms[CONTROL]['top1_mean']:.1f}"
-    for name, which in ((PAPERS_WAY, "The paper's way"), (best, "The best arm, picked by these very figures")):
+    picked = f"The best arm, picked by these very figures ({ARMS[best]})"
+    for name, which in {PAPERS_WAY: ARMS[PAPERS_WAY], best: picked}.items():
         gap = arms[name]["gap"]["dense_trained_on"]
         verdict = "Lost" if gap["high"] < 0 else "Not told from the dense model" if gap["low"] <= 0 else "Gained"
         lines.append(
-            f"{verdict}: {which} ({ARMS[name]}) has top-1 {arms[name]['top1_mean']:.1f} % against {control} % of the "
+            f"{verdict}: {which} has top-1 {arms[name]['top1_mean']:.1f} % against {control} % of the "
             f"dense model trained as long, {gap_words(gap)} points."
         )
     return lines
