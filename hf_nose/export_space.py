@@ -14,7 +14,6 @@ from .configuration_nose_vit import NoseViTConfig, __version__
 from .export import exported, known_id, save_checkpoint
 from .export_source import ExportSource, check_inside, open_source
 from .files import write_json, write_text
-from .modeling_nose_vit import NoseViTForImageClassification
 from .remote_code import auto_map, copy_travelling_files
 
 
@@ -120,11 +119,13 @@ def check_pair(dense: NoseViTConfig, compressed: NoseViTConfig) -> None:
                 f"dense must be the model that was compressed, but its {name} is {theirs}, that of the compressed "
                 f"model {ours}. Give the dense model of the same classes, image size and architecture."
             )
-    for index, ours in (compressed.id2label or {}).items():
-        theirs = (dense.id2label or {})[index]
-        if theirs != ours:
+    theirs, ours = (
+        {int(index): name for index, name in (part.id2label or {}).items()} for part in (dense, compressed)
+    )
+    for index, name in ours.items():
+        if theirs[index] != name:
             raise ValueError(
-                f"dense must name the same classes, but class {index} is {theirs!r} in it and {ours!r} in the "
+                f"dense must name the same classes, but class {index} is {theirs[index]!r} in it and {name!r} in the "
                 "compressed model. Give the dense model of the same data, or mend id2label in its config.json."
             )
 
@@ -181,7 +182,8 @@ def space_card(about: dict[str, Any], config: NoseViTConfig, models: list[str]) 
         "As a Space of the Hub:",
         "```bash\nhf upload OWNER/NAME . --repo-type space\n```",
         "The page runs the code in `dense/` and `compressed/` (`trust_remote_code=True`), which is that of "
-        f"[hf_nose](https://arxiv.org/abs/2404.05657) {__version__}. Times are those of the machine that it runs on, "
+        f"hf_nose {__version__}; its method is that of [MLP Can Be A Good Transformer Learner]"
+        "(https://arxiv.org/abs/2404.05657). Times are those of the machine that it runs on, "
         "at batch 1; where the compressed model is not faster, the page says so.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -29,10 +29,12 @@ TOP = 5
 WARMUP, ROUNDS = 3, 15
 # The true median lies between the 4th smallest and the 4th largest of 15 values with at least 95 % confidence.
 RANK = 4
+# The system's own.
+FONTS = ["system-ui", "sans-serif"]
 HINT = "Upload a picture to see both predictions and their times."
 CSS = """
 .nose-strip {display: flex; flex-wrap: wrap; gap: 6px; margin: 10px 0 6px}
-.nose-block {width: 44px; text-align: center; font-size: 12px; color: var(--body-text-color-subdued)}
+.nose-block {width: 44px; text-align: center; font-size: 12px}
 .nose-block span, .nose-legend span {display: block; border-radius: 4px; box-sizing: border-box}
 .nose-block span {height: 26px; margin-bottom: 3px}
 .nose-legend {display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; align-items: center}
@@ -43,11 +45,11 @@ CSS = """
 .nose-gone {border: 2px dashed #dc2626;
     background: linear-gradient(to top right, transparent 46%, #dc2626 46%, #dc2626 54%, transparent 54%)}
 .nose-time {font-size: 22px; font-weight: 600; margin: 0 0 4px}
-.nose-time small, .nose-verdict small {font-size: 13px; font-weight: 400; color: var(--body-text-color-subdued)}
-.nose-bar {height: 10px; border-radius: 5px; background: #2563eb; min-width: 4px}
+.nose-time small, .nose-verdict small {font-size: 13px; font-weight: 400}
+.nose-bar {height: 10px; border-radius: 5px; background: #0f766e; min-width: 4px}
 .nose-verdict {font-size: 20px; font-weight: 600}
 .nose-verdict small {display: block}
-.nose-small {font-size: 13px; color: var(--body-text-color-subdued)}
+.nose-small {font-size: 13px; margin: 8px 0}
 """
 
 
@@ -172,9 +174,7 @@ def facts(classifiers: Mapping[str, Classifier], about: Mapping[str, Any]) -> st
         words += " The accuracy of this pair was not measured, and one picture tells nothing about it."
     else:
         dense_top1, compressed_top1 = (f"{top1[name]:.1%}" for name in NAMES)
-        words += (
-            f" Top-1 accuracy on {top1['num_images']:,} images: {dense_top1} dense, {compressed_top1} compressed."
-        )
+        words += f" Top-1 accuracy on {top1['num_images']:,} images: {dense_top1} dense, {compressed_top1} compressed."
     return f'<p class="nose-small">{words}</p>'
 
 
@@ -188,7 +188,7 @@ def time_words(name: str, speed: Speed) -> str:
     seconds = speed.seconds[name]
     share = seconds / max(speed.seconds.values())
     return (
-        f'<p class="nose-time">{1000 * seconds:.1f} ms <small>per picture</small></p>'
+        f'<p class="nose-time">{name.capitalize()}: {1000 * seconds:.1f} ms <small>per picture</small></p>'
         f'<div class="nose-bar" style="width: {share:.1%}"></div>'
     )
 
@@ -202,7 +202,8 @@ def verdict_words(found: Mapping[str, Mapping[str, float]], speed: Speed) -> str
     agree = "Both put the same class first." if first[0] == first[1] else "They put different classes first."
     return (
         f'<p class="nose-verdict">Compressed is {speaks}. {agree}'
-        f"<small>95 % interval of the ratio: {lower:.2f} to {upper:.2f}, on this picture, here and now.</small></p>"
+        f"<small>The median over {ROUNDS} turns of what one turn of both gave; 95 % interval {lower:.2f} to {upper:.2f}. It "
+        "holds for this picture, here and now.</small></p>"
     )
 
 
@@ -211,7 +212,7 @@ def method(device: str) -> str:
     where = (
         torch.cuda.get_device_name(device)
         if device == "cuda"
-        else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+        else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}"
     )
     return (
         f'<p class="nose-small">Times: one picture at a time, from pixels to class scores; after {WARMUP} runs to '
@@ -233,9 +234,9 @@ def build(folder: Path = HERE) -> Any:
 
     def show(picture: Image.Image | None) -> tuple[Any, ...]:
         if picture is None:
-            return None, "", None, "", HINT
+            return "", None, "", None, HINT
         found, speed = run(classifiers, picture)
-        shown = [part for name in NAMES for part in (found[name], time_words(name, speed))]
+        shown = [part for name in NAMES for part in (time_words(name, speed), found[name])]
         return *shown, verdict_words(found, speed)
 
     # Uploaded pictures are deleted after an hour.
@@ -249,7 +250,9 @@ def build(folder: Path = HERE) -> Any:
             outputs = []
             for name in NAMES:
                 with gr.Column(min_width=260):
-                    outputs += [gr.Label(label=name.capitalize(), num_top_classes=TOP), gr.HTML()]
+                    words = gr.HTML()
+                    label = gr.Label(label=name.capitalize(), num_top_classes=TOP, show_heading=False, elem_id=name)
+                    outputs += [words, label]
         outputs.append(gr.HTML(HINT))
         gr.HTML(method(device))
         # One at a time: two at once would slow each other.
@@ -258,9 +261,13 @@ def build(folder: Path = HERE) -> Any:
 
 
 def main() -> None:
-    """Serves the page."""
+    """Serves the page. Nothing is sent anywhere, and no run is recorded."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    build().launch(css=CSS, footer_links=[], ssr_mode=False, max_file_size="20mb")
+    page = build()
+    from gradio import themes
+
+    theme = themes.Default(primary_hue="teal", font=FONTS, font_mono=FONTS)
+    page.launch(theme=theme, css=CSS, footer_links=[], run_history=False, ssr_mode=False, max_file_size="20mb")
 
 
 if __name__ == "__main__":
