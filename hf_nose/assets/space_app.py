@@ -44,11 +44,10 @@ CSS = """
 .nose-mlp {background: #94a3b8}
 .nose-gone {border: 2px dashed #dc2626;
     background: linear-gradient(to top right, transparent 46%, #dc2626 46%, #dc2626 54%, transparent 54%)}
-.nose-time {font-size: 22px; font-weight: 600; margin: 0 0 4px}
-.nose-time small, .nose-verdict small {font-size: 13px; font-weight: 400}
+.nose-time {font-size: 22px; font-weight: 600; line-height: 1.3; margin: 0 0 6px}
+.nose-time small, .nose-verdict small {display: block; font-size: 13px; font-weight: 400; line-height: 1.5}
 .nose-bar {height: 10px; border-radius: 5px; background: #0f766e; min-width: 4px}
-.nose-verdict {font-size: 20px; font-weight: 600}
-.nose-verdict small {display: block}
+.nose-verdict {font-size: 20px; font-weight: 600; line-height: 1.4}
 .nose-small {font-size: 13px; margin: 8px 0}
 """
 
@@ -188,7 +187,7 @@ def time_words(name: str, speed: Speed) -> str:
     seconds = speed.seconds[name]
     share = seconds / max(speed.seconds.values())
     return (
-        f'<p class="nose-time">{name.capitalize()}: {1000 * seconds:.1f} ms <small>per picture</small></p>'
+        f'<p class="nose-time">{name.capitalize()}: {1000 * seconds:.1f} ms <small>median of {ROUNDS} forward passes</small></p>'
         f'<div class="nose-bar" style="width: {share:.1%}"></div>'
     )
 
@@ -202,18 +201,16 @@ def verdict_words(found: Mapping[str, Mapping[str, float]], speed: Speed) -> str
     agree = "Both put the same class first." if first[0] == first[1] else "They put different classes first."
     return (
         f'<p class="nose-verdict">Compressed is {speaks}. {agree}'
-        f"<small>The median over {ROUNDS} turns of what one turn of both gave; 95 % interval {lower:.2f} to {upper:.2f}. It "
-        "holds for this picture, here and now.</small></p>"
+        f"<small>Median ratio of {ROUNDS} turns, 95 % interval {lower:.2f} to {upper:.2f}; for this picture, on this "
+        "machine, now.</small></p>"
     )
 
 
 def method(device: str) -> str:
     """How the times were taken and on what, as HTML."""
-    where = (
-        torch.cuda.get_device_name(device)
-        if device == "cuda"
-        else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}"
-    )
+    where = f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), threads: {torch.get_num_threads()}"
+    if device == "cuda":
+        where = torch.cuda.get_device_name(device)
     return (
         f'<p class="nose-small">Times: one picture at a time, from pixels to class scores; after {WARMUP} runs to '
         f"warm up, the median of {ROUNDS} runs of each model, in turns. Both models go through the same code and "
@@ -251,7 +248,9 @@ def build(folder: Path = HERE) -> Any:
             for name in NAMES:
                 with gr.Column(min_width=260):
                     words = gr.HTML()
-                    label = gr.Label(label=name.capitalize(), num_top_classes=TOP, show_heading=False, elem_id=name)
+                    label = gr.Label(
+                        label=f"{name.capitalize()}: prediction", num_top_classes=TOP, show_heading=False, elem_id=name
+                    )
                     outputs += [words, label]
         outputs.append(gr.HTML(HINT))
         gr.HTML(method(device))
