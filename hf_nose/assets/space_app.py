@@ -187,7 +187,7 @@ def time_words(name: str, speed: Speed) -> str:
     seconds = speed.seconds[name]
     share = seconds / max(speed.seconds.values())
     return (
-        f'<p class="nose-time">{name.capitalize()}: {1000 * seconds:.1f} ms <small>median of {ROUNDS} forward passes</small></p>'
+        f'<p class="nose-time"><small>{name.capitalize()}, median of {ROUNDS} runs</small>{1000 * seconds:.1f} ms</p>'
         f'<div class="nose-bar" style="width: {share:.1%}"></div>'
     )
 
@@ -231,10 +231,10 @@ def build(folder: Path = HERE) -> Any:
 
     def show(picture: Image.Image | None) -> tuple[Any, ...]:
         if picture is None:
-            return "", None, "", None, HINT
+            return "", "", None, None, HINT
         found, speed = run(classifiers, picture)
-        shown = [part for name in NAMES for part in (time_words(name, speed), found[name])]
-        return *shown, verdict_words(found, speed)
+        times = [time_words(name, speed) for name in NAMES]
+        return *times, *found.values(), verdict_words(found, speed)
 
     # Uploaded pictures are deleted after an hour.
     with gr.Blocks(title=about["name"], delete_cache=(3600, 3600)) as page:
@@ -244,18 +244,18 @@ def build(folder: Path = HERE) -> Any:
             with gr.Column(min_width=260):
                 picture = gr.Image(type="pil", label="Picture", sources=["upload", "clipboard"], height=320)
                 again = gr.Button("Run again")
-            outputs = []
-            for name in NAMES:
-                with gr.Column(min_width=260):
-                    words = gr.HTML()
-                    label = gr.Label(
-                        label=f"{name.capitalize()}: prediction", num_top_classes=TOP, show_heading=False, elem_id=name
-                    )
-                    outputs += [words, label]
-        outputs.append(gr.HTML(HINT))
+            times, labels = [], []
+            # Side by side as long as there is room for both.
+            with gr.Column(scale=2, min_width=440), gr.Row():
+                for name in NAMES:
+                    with gr.Column(min_width=200):
+                        times.append(gr.HTML())
+                        labels.append(gr.Label(label=name.capitalize(), show_heading=False, elem_id=name))
+        verdict = gr.HTML(HINT)
         gr.HTML(method(device))
         # One at a time: two at once would slow each other.
-        gr.on([picture.change, again.click], show, picture, outputs, concurrency_limit=1)
+        happens, outputs = [picture.change, again.click], [*times, *labels, verdict]
+        gr.on(happens, show, picture, outputs, concurrency_limit=1, show_progress_on=labels)
     return page
 
 
