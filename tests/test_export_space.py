@@ -63,8 +63,8 @@ def test_both_models_are_the_sources_and_compute_alike(tmp_path):
         torch.testing.assert_close(logits(model, images()), logits(made(kind), images()), rtol=1e-5, atol=1e-5)
         saved = json.loads((folder / name / "config.json").read_text())
         assert saved["auto_map"] == auto_map()
-        assert saved["class_token_tail"] is True
-        assert saved["chunk_size_feed_forward"] == saved["chunk_size_attention"] == 0
+        assert model.config.class_token_tail
+        assert model.config.chunk_size_feed_forward == model.config.chunk_size_attention == 0
         found = AutoImageProcessor.from_pretrained(folder / name, backend="pil").to_dict()
         assert (found["image_mean"], found["size"]) == ([0.4] * 3, {"height": 16, "width": 16})
 
@@ -140,7 +140,7 @@ def of_size(folder: Path, size: int) -> Path:
     "kind, dense, message",
     [
         ("folded", None, "dense is needed: model holds no dense model"),
-        ("folded", lambda folder: Path("./nothing"), "neither a folder nor a Hub id"),
+        ("folded", lambda folder: "./nothing", "neither a folder nor a Hub id"),
         ("folded", lambda folder: checkpoint(folder, "folded"), r"layers \[1, 3, 4\] are removed or diluted in it"),
         ("folded", lambda folder: checkpoint(folder, "half-diluted"), "dense must have all its attention"),
         ("dense", lambda folder: checkpoint(folder, "dense"), "this one has all its attention: nothing to compare"),

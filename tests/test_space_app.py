@@ -80,7 +80,7 @@ def test_likeliest_classes_first_and_twins_told_apart(picture):
     classifier = classifiers()["dense"]
     pixels = processor()(picture, return_tensors="pt").pixel_values
     found = app.predict(classifier, pixels)
-    wanted = classifier.model(pixels).logits[0].softmax(-1)
+    wanted = classifier.model(pixels).logits[0].detach().softmax(-1)
     keys = ["ant", "<b>bee</b>", "crane (class 2)", "crane (class 3)", "eel"]
     order = wanted.argsort(descending=True).tolist()
     assert list(found) == [keys[index] for index in order]
@@ -232,28 +232,29 @@ def test_it_runs_where_neither_hf_nose_nor_gradio_is_installed(space, picture, t
         assert said["seconds"][name] > 0
 
 
-@pytest.fixture
-def served(space, tmp_path):
+@pytest.fixture(scope="module")
+def served(space, tmp_path_factory):
     """The page's address; skipped where gradio, playwright or Chromium is missing."""
     for package in ("gradio", "playwright"):
         pytest.importorskip(package, reason=f"the browser test needs {package} (extra: browser)")
     if shutil.which("chromium") is None:
         pytest.skip("the browser test needs chromium")
+    folder = tmp_path_factory.mktemp("served")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with open(tmp_path / "log", "w") as log:
+    with open(folder / "log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, str(space / "app.py")],
-            cwd=tmp_path,
-            env={**environment(tmp_path), "GRADIO_SERVER_PORT": str(port)},
+            cwd=folder,
+            env={**environment(folder), "GRADIO_SERVER_PORT": str(port)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
         try:
             url = f"http://127.0.0.1:{port}/"
             for _ in range(240):
-                assert server.poll() is None, (tmp_path / "log").read_text()
+                assert server.poll() is None, (folder / "log").read_text()
                 try:
                     urllib.request.urlopen(url, timeout=5).close()
                     break
