@@ -19,6 +19,8 @@ from .remote_code import auto_map, copy_travelling_files
 
 # The one that the page was looked at with, in a browser; gradio itself is no part of an installation.
 GRADIO = "6.31.0"
+# The dense models that a run keeps, the fairer first: it was trained for the same total steps.
+RIVALS = ("dense_control", "dense")
 # What both must have alike, or their times would differ by more than the removed layers.
 ALIKE = (
     "num_labels",
@@ -54,7 +56,8 @@ def export_space(
         output_dir (`str` or `os.PathLike`):
             The folder to write; it must be empty or not there.
         dense (`str` or `os.PathLike`, *optional*):
-            The dense model: a folder or a Hub id. By default the run's own, which its report compares with.
+            The dense model: a folder or a Hub id. By default the run's own, which its report compares with: the one
+            trained for the same total steps, where there is one.
         overwrite (`bool`, *optional*, defaults to `False`):
             Replaces an earlier export.
 
@@ -80,7 +83,8 @@ def export_space(
             copy_travelling_files(folder / name)
         write_text(folder / "app.py", app_source())
         write_text(folder / "requirements.txt", requirements())
-        about = {"name": compressed.name, "top1": measured_pair(compressed) if dense is None else None}
+        rival = opened["dense"].name if dense is None else None
+        about = {"name": compressed.name, "dense": rival, "top1": measured_pair(compressed, rival)}
         write_json(folder / "space.json", about)
         write_text(folder / "README.md", space_card(about, models["compressed"].config, hub_ids(opened)))
     return Path(output_dir)
@@ -90,14 +94,14 @@ def open_dense(compressed: ExportSource, run: Path, dense: str | os.PathLike[str
     """The dense model that was asked for, else the run's own."""
     if dense is not None:
         return open_source(dense)
-    own = run / "dense"
-    if compressed.model != run / "model" or not own.is_dir():
+    found = [run / name for name in RIVALS if (run / name / "config.json").is_file()]
+    if compressed.model != run / "model" or not found:
         raise ValueError(
             f"dense is needed: {compressed.name} holds no dense model to compare with, as the folder of a run does. "
             "Give the model that was compressed, a folder or a Hub id."
         )
-    check_inside(iter([own]), run)
-    return open_source(own)
+    check_inside(iter(found), run)
+    return open_source(found[0])
 
 
 def check_pair(dense: NoseViTConfig, compressed: NoseViTConfig) -> None:
@@ -142,13 +146,13 @@ def requirements() -> str:
     return "".join(f"{name}=={version}\n" for name, version in {"gradio": GRADIO, **installed}.items())
 
 
-def measured_pair(source: ExportSource) -> dict[str, Any] | None:
-    """The accuracy of both models, where the run has measured it."""
-    models = source.records.get("metrics", {}).get("models")
-    if models is None:
+def measured_pair(source: ExportSource, rival: str | None) -> dict[str, Any] | None:
+    """The accuracy of both models, where the run has measured it; `rival` is the run's name of the dense one."""
+    models = source.records.get("metrics", {}).get("models", {})
+    if rival not in models:
         return None
-    top1 = {name: models[name]["top1"] for name in ("dense", "compressed")}
-    return {**top1, "num_images": models["compressed"]["num_images"]}
+    compressed = models["compressed"]
+    return {"dense": models[rival]["top1"], "compressed": compressed["top1"], "num_images": compressed["num_images"]}
 
 
 def hub_ids(opened: dict[str, ExportSource]) -> list[str]:

@@ -35,6 +35,10 @@ def run_with_dense(folder: Path, **changes) -> Path:
     return run
 
 
+def top1_of(folder: Path) -> dict | None:
+    return json.loads((folder / "space.json").read_text())["top1"]
+
+
 def front(folder: Path) -> dict:
     return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
 
@@ -74,7 +78,7 @@ def test_the_run_tells_its_accuracy_and_ids(tmp_path):
     folder = export_space(run, tmp_path / "out")
     measured = {name: RECORDS["metrics"]["models"][name]["top1"] for name in ("dense", "compressed")}
     about = json.loads((folder / "space.json").read_text())
-    assert about["name"] == "a-run" and about["top1"] == {**measured, "num_images": 451}
+    assert about["name"] == "a-run" and about["dense"] == "dense" and about["top1"] == {**measured, "num_images": 451}
     assert front(folder) == {
         "title": "a-run, dense and compressed",
         "sdk": "gradio",
@@ -94,16 +98,28 @@ def test_another_dense_model_was_not_measured(tmp_path):
     run = run_with_dense(tmp_path / "run")
     other = save(nose(seed=1), tmp_path / "other")
     folder = export_space(run, tmp_path / "out", dense=other)
-    assert json.loads((folder / "space.json").read_text())["top1"] is None
+    assert top1_of(folder) is None
     assert "models" not in front(folder)
     dense = NoseViTForImageClassification.from_pretrained(folder / "dense").eval()
     torch.testing.assert_close(logits(dense, images()), logits(nose(seed=1), images()), rtol=1e-5, atol=1e-5)
 
 
+def test_the_dense_model_of_equal_steps_is_the_fairer_one(tmp_path):
+    run = run_with_dense(tmp_path / "run")
+    save(nose(seed=1), run / "dense_control")
+    folder = export_space(run, tmp_path / "out")
+    dense = NoseViTForImageClassification.from_pretrained(folder / "dense").eval()
+    torch.testing.assert_close(logits(dense, images()), logits(nose(seed=1), images()), rtol=1e-5, atol=1e-5)
+    assert json.loads((folder / "space.json").read_text())["dense"] == "dense_control"
+    measured = {"dense": "dense_control", "compressed": "compressed"}
+    wanted = {name: RECORDS["metrics"]["models"][model]["top1"] for name, model in measured.items()}
+    assert top1_of(folder) == {**wanted, "num_images": 451}
+
+
 def test_a_run_that_measured_nothing(tmp_path):
     run = run_with_dense(tmp_path / "run")
     (run / "metrics.json").unlink()
-    assert json.loads((export_space(run, tmp_path / "out") / "space.json").read_text())["top1"] is None
+    assert top1_of(export_space(run, tmp_path / "out")) is None
 
 
 def test_the_verb_writes_into_the_run_and_replaces_only_its_own(tmp_path, capsys):

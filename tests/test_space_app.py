@@ -175,12 +175,14 @@ def test_which_layers_are_gone():
 def test_parameters_and_accuracy():
     dense, folded = count_parameters(made("dense")), count_parameters(made("folded"))
     pair = classifiers()
-    said = app.facts(pair, {"top1": None})
+    said = app.facts(pair, {"top1": None, "dense": None})
     wanted = f"{dense / 1e6:.2f} M dense, {folded / 1e6:.2f} M compressed ({folded / dense - 1:+.1%})"
     assert wanted in said and "was not measured" in said
     top1 = {"dense": 0.9533, "compressed": 0.9412, "num_images": 1450}
-    said = app.facts(pair, {"top1": top1})
+    said = app.facts(pair, {"top1": top1, "dense": "dense"})
     assert "Top-1 accuracy on 1,450 images: 95.3% dense, 94.1% compressed." in said and "measured" not in said
+    assert "total steps" not in said
+    assert "Both were trained for the same total steps." in app.facts(pair, {"top1": top1, "dense": "dense_control"})
 
 
 def test_how_the_times_were_taken():

@@ -174,6 +174,8 @@ def facts(classifiers: Mapping[str, Classifier], about: Mapping[str, Any]) -> st
     else:
         dense_top1, compressed_top1 = (f"{top1[name]:.1%}" for name in NAMES)
         words += f" Top-1 accuracy on {top1['num_images']:,} images: {dense_top1} dense, {compressed_top1} compressed."
+    if about["dense"] == "dense_control":
+        words += " Both were trained for the same total steps."
     return f'<p class="nose-small">{words}</p>'
 
 
@@ -246,7 +248,7 @@ def build(folder: Path = HERE) -> Any:
                 again = gr.Button("Run again")
             times, labels = [], []
             # Side by side as long as there is room for both.
-            with gr.Column(scale=2, min_width=440), gr.Row():
+            with gr.Column(scale=2, min_width=416), gr.Row():
                 for name in NAMES:
                     with gr.Column(min_width=200):
                         times.append(gr.HTML())
