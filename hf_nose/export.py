@@ -83,9 +83,12 @@ def export_folder(
 
 
 @contextmanager
-def exported(source: ExportSource, output_dir: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def exported(
+    source: ExportSource, output_dir: str | os.PathLike[str], overwrite: bool = False, marker: str = "config.json"
+) -> Iterator[Path]:
     """
-    Yields an empty folder that takes the place of `output_dir` when the block ends and nothing in it is private.
+    Yields an empty folder that takes the place of `output_dir` when the block ends and nothing in it is private. Only
+    a folder that holds the file `marker`, as every export of this format does, is replaced.
 
     Raises:
         `ValueError`: where `output_dir` is in use, holds the source, or something in it is not to be published.
@@ -96,8 +99,8 @@ def exported(source: ExportSource, output_dir: str | os.PathLike[str], overwrite
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise ValueError(f"output_dir {output} is not empty: replace it by overwrite, or name another folder.")
-        if not (output / "config.json").is_file():
-            raise ValueError(f"output_dir {output} is no earlier export (no config.json): name another folder.")
+        if not (output / marker).is_file():
+            raise ValueError(f"output_dir {output} is no earlier export (no {marker}): name another folder.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(output) as folder:
         yield folder

@@ -1,4 +1,4 @@
-"""`hf-nose export MODEL --format hf|onnx|stock-vit`."""
+"""`hf-nose export MODEL --format hf|onnx|stock-vit|space`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ FORMATS = {
     "hf": "a folder that loads anywhere by the Auto classes",
     "onnx": "a graph for onnxruntime, batch of any size",
     "stock-vit": "a plain ViT, for whoever may run no code but transformers'; saves nothing",
+    "space": "a page in the browser, dense and compressed side by side; a Gradio Space",
 }
 
 
@@ -35,6 +36,8 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     card.add_argument("--base_model_id", help="Hub id of the model that was compressed, where the run does not know")
     card.add_argument("--dataset_id", help="hf: Hub id of the data set that accuracy was measured on")
     card.add_argument("--task_id", help="hf: task registered for it; with both, .eval_results/ is written")
+    space = parser.add_argument_group("space")
+    space.add_argument("--dense", help="the model that was compressed, folder or Hub id; the run's own by default")
     onnx = parser.add_argument_group("onnx")
     onnx.add_argument("--int8", action="store_true", help="quantise as well: matrix products in int8, dynamically")
     onnx.add_argument("--dataset", help="int8: measure accuracy and speed on it: parquet, a folder, or a Hub id")
@@ -48,6 +51,7 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
         ("base_model_id", ("hf", "stock-vit"), None),
         ("dataset_id", ("hf",), None),
         ("task_id", ("hf",), None),
+        ("dense", ("space",), None),
         ("int8", ("onnx",), None),
         ("dataset", ("onnx",), "int8"),
         ("eval_split", ("onnx",), "dataset"),
@@ -90,6 +94,10 @@ def export(arguments: Sequence[str]) -> None:
         from .stock_vit import export_stock_vit
 
         export_stock_vit(options.model, output, base_model_id=options.base_model_id, **shared)
+    elif options.format == "space":
+        from .export_space import export_space
+
+        export_space(options.model, output, dense=options.dense, **shared)
     else:
         from .export_onnx_folder import export_onnx_folder
 

@@ -78,6 +78,7 @@ LAYERS = [
     "privacy",
     "export_source",
     "export",
+    "export_space",
     "export_onnx",
     "stock_vit",
     "hub",

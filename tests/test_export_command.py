@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from exported import checkpoint, made_run
+from exported import checkpoint, made_run, processor
 from reference_vit import nose
 from tiny_run import files, finished_run, flags, record
 
@@ -60,7 +60,9 @@ def test_all_formats_of_a_run(tmp_path, capsys, monkeypatch):
     run = made_run(tmp_path / "run")
     # The eps of these tests is one that a plain ViT cannot follow.
     nose([1, 3]).save_pretrained(run / "model")
-    wanted = {"hf": "modeling_nose_vit.py", "onnx": "model.onnx", "stock-vit": "README.md"}
+    nose().save_pretrained(run / "dense")
+    processor().save_pretrained(run / "dense")
+    wanted = {"hf": "modeling_nose_vit.py", "onnx": "model.onnx", "stock-vit": "README.md", "space": "app.py"}
     assert set(wanted) == set(FORMATS)
     for form, name in wanted.items():
         assert main(["export", str(run), "--format", form, "--json"]) == OK
@@ -68,7 +70,7 @@ def test_all_formats_of_a_run(tmp_path, capsys, monkeypatch):
         folder = run / "export" / form
         assert found["output_dir"] == str(folder) and found["format"] == form
         assert found["files"] == {file: len(content) for file, content in files(folder).items()}
-        assert name in found["files"] and "config.json" in found["files"]
+        assert name in found["files"] and ("config.json" in found["files"]) == (form != "space")
     assert main(["export", str(run)]) == BAD_INPUT
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(run), "--overwrite"]) == OK
