@@ -189,7 +189,7 @@ def time_words(name: str, speed: Speed) -> str:
     seconds = speed.seconds[name]
     share = seconds / max(speed.seconds.values())
     return (
-        f'<p class="nose-time"><small>{name.capitalize()}, median of {ROUNDS} runs</small>{1000 * seconds:.1f} ms</p>'
+        f'<p class="nose-time"><small>{name.capitalize()}, median time</small>{1000 * seconds:.1f} ms</p>'
         f'<div class="nose-bar" style="width: {share:.1%}"></div>'
     )
 
