@@ -14,6 +14,8 @@ RIVALS = {
     "one_shot": "against NOSE in one shot",
     "random": "against the random sets",
 }
+# What was asked before anything was run: of the dense model in percent, and of the best arm in points lost.
+LEAST_DENSE, MOST_LOST = 86.0, 1.0
 SHARED = ("model", "dataset", "num_train", "num_images", "image_size", "bf16", "hardware", "versions")
 
 
@@ -53,7 +55,13 @@ def summary(results: Path, plan: Plan) -> dict[str, Any]:
             "gap": {name: paired_gap(ours, mean_hits(rival, own)) for name, rival in rivals(arm, plan).items()},
         }
     first = next(iter(records.values()))
-    return {"seeds": seeds, "arms": table, **{name: first[name] for name in SHARED}}
+    return {
+        "seeds": seeds,
+        "arms": table,
+        "not_run": [arm for arm in plan.arms if arm not in table],
+        "search": plan.search_arm(CONTROL),
+        **{name: first[name] for name in SHARED},
+    }
 
 
 def rivals(arm: str, plan: Plan) -> dict[str, list[str]]:
@@ -101,11 +109,51 @@ def page(found: dict[str, Any]) -> str:
         f"|---|---|---|---|---|---|{'---|' * len(RIVALS)}",
         *(row(name, arm) for name, arm in arms),
         "",
+        *verdicts(found),
+        "",
         f"Measured on {hardware['cores']} cores ({hardware['processor']}), accelerator {hardware['accelerator']}, "
         f"torch {versions['torch']}, transformers {versions['transformers']}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def best_arm(found: dict[str, Any]) -> str | None:
+    """The arm without attention layers of the highest mean, of those that were run with every seed; `None` without."""
+    names = [
+        name
+        for name, arm in found["arms"].items()
+        if name not in (DENSE, CONTROL) and arm["seeds"] == found["seeds"] and arm["layers"][0] is not None
+    ]
+    return max(names, key=lambda name: found["arms"][name]["top1_mean"], default=None)
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """What the table says to what was asked beforehand, and what was not run."""
+    arms, best = found["arms"], best_arm(found)
+    lines = [
+        asked(f"Dense, mean of the seeds: {arms[DENSE]['top1_mean']:.2f} %", arms[DENSE]["top1_mean"], LEAST_DENSE)
+    ]
+    gap = best and arms[best]["gap"].get("dense_trained_on")
+    if gap:
+        lines.append(asked(f"{best} against dense trained on: {shown(gap)} points", gap["points"], -MOST_LOST))
+    gap = arms.get(found["search"], {}).get("gap", {}).get("random")
+    if gap:
+        told = "" if gap["low"] > 0 or gap["high"] < 0 else "; the interval holds 0: not told apart"
+        lines.append(
+            asked(f"NOSE's sets against random ones, both in one shot: {shown(gap)} points{told}", gap["points"], 0)
+        )
+    single = [name for name, arm in arms.items() if arm["seeds"] != found["seeds"]]
+    if single:
+        lines.append(f"- Run with fewer seeds than the others, so a hint and no more: {', '.join(single)}.")
+    if found["not_run"]:
+        lines.append(f"- In the plan and not run: {', '.join(found['not_run'])}.")
+    return lines
+
+
+def asked(text: str, value: float, least: float) -> str:
+    """A measurement beside what was asked of it."""
+    return f"- {text}, at least {least:+g} asked: {'kept' if value >= least else f'missed by {least - value:.2f}'}."
 
 
 def row(name: str, arm: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cifar10_summary import best_arm
+
 from hf_nose.card_records import card_record, recipe_record
 from hf_nose.cards import render_card
 from hf_nose.files import read_json, write_text
@@ -186,16 +188,6 @@ def cifar_record(folder: Path) -> dict[str, Any]:
             "results": {"top-1": arms[best]["top1_mean"] / 100},
         },
     )
-
-
-def best_arm(summary: dict[str, Any]) -> str:
-    """The compressed arm with the highest mean among those that were run with every seed."""
-    arms = {
-        name: arm
-        for name, arm in summary["arms"].items()
-        if name not in (DENSE, CONTROL) and arm["seeds"] == summary["seeds"]
-    }
-    return max(arms, key=lambda name: arms[name]["top1_mean"])
 
 
 def cifar_headline(arms: dict[str, Any], best: str) -> list[str]:

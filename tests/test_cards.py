@@ -34,7 +34,7 @@ CARDS = ROOT / "model_cards"
 sys.path.insert(0, str(ROOT / "scripts"))
 import render_cards  # noqa: E402
 from cifar10_plans import SHORT, TRAINING  # noqa: E402
-from cifar10_summary import summary  # noqa: E402
+from cifar10_summary import best_arm, summary  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -441,7 +441,7 @@ def test_every_arm_of_the_plan_has_a_name():
 def test_the_best_arm_was_run_with_every_seed(tmp_path):
     folder = cifar_results(tmp_path / "cifar10-deit-tiny", {**ACCURACIES, "nose-dilution": 0.95})
     (folder / "nose-dilution-seed1.json").unlink()
-    assert render_cards.best_arm(summary(folder, SHORT)) == "nose-one-shot"
+    assert best_arm(summary(folder, SHORT)) == "nose-one-shot"
 
 
 def test_the_short_recipe_is_the_best_arm_of_the_committed_table():
@@ -449,7 +449,7 @@ def test_the_short_recipe_is_the_best_arm_of_the_committed_table():
     if not path.is_file():
         pytest.skip("The experiment is not finished.")
     found = read_json(path)
-    arm = {**TRAINING, **SHORT.arms[render_cards.best_arm(found)], "epochs": SHORT.epochs}
+    arm = {**TRAINING, **SHORT.arms[best_arm(found)], "epochs": SHORT.epochs}
     recipe = read_recipe(recipe_path("short"))
     # How often it saves and looks is no part of what was found.
     skipped = {"eval_batch_size", "eval_steps", "save_steps", "logging_steps", "cache_gib"}

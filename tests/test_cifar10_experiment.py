@@ -1,5 +1,6 @@
 """The CIFAR-10 experiment in small: what is run once, what is compared with what."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import cifar10_experiment as experiment  # noqa: E402
 from cifar10_plans import NUM_RANDOM, PAPER, PLANS, SHORT  # noqa: E402
-from cifar10_summary import page, summary, unpacked  # noqa: E402
+from cifar10_summary import best_arm, page, summary, unpacked, verdicts  # noqa: E402
 
 from hf_nose.command_line import parse_settings  # noqa: E402
 
@@ -128,6 +129,27 @@ def test_the_page_shows_every_arm_and_no_other_number(options, results):
         arm = results["summary"]["arms"][row[0].strip("| ")]
         assert row[1] == f"{arm['top1_mean']:.2f}" and row[2] == ", ".join(f"{value:.1f}" for value in arm["top1"])
         assert row[-1].rstrip(" |") == shown_gap(arm["gap"].get("random"))
+
+
+def test_the_page_says_what_was_kept_and_what_was_missed(results):
+    found = copy.deepcopy(results["summary"])
+    arms = found["arms"]
+    for name, arm in arms.items():
+        arm["top1_mean"] = {"dense": 86.2, "nose-one-shot": 85.1}.get(name, 80.0)
+    arms["nose-one-shot"]["gap"] |= {
+        "dense_trained_on": {"points": -1.25, "low": -1.5, "high": -1.0},
+        "random": {"points": 0.2, "low": -0.1, "high": 0.5},
+    }
+    found["not_run"] = ["kl-one-shot"]
+    arms["first-one-shot"]["seeds"] = [1]
+    dense, lost, nose, single, missing = verdicts(found)
+    assert dense == "- Dense, mean of the seeds: 86.20 %, at least +86 asked: kept."
+    assert lost.startswith("- nose-one-shot against") and lost.endswith("at least -1 asked: missed by 0.25.")
+    assert nose.endswith("the interval holds 0: not told apart, at least +0 asked: kept.")
+    assert "first-one-shot" in single and missing.endswith("not run: kl-one-shot.")
+    # What was run with one seed is never the best.
+    arms["first-one-shot"]["top1_mean"] = 99.0
+    assert best_arm(found) == "nose-one-shot"
 
 
 def shown_gap(gap):
