@@ -95,7 +95,7 @@ def open_dense(compressed: ExportSource, run: Path, dense: str | os.PathLike[str
     if dense is not None:
         return open_source(dense)
     found = [run / name for name in RIVALS if (run / name / "config.json").is_file()]
-    if compressed.model != run / "model" or not found:
+    if not found:
         raise ValueError(
             f"dense is needed: {compressed.name} holds no dense model to compare with, as the folder of a run does. "
             "Give the model that was compressed, a folder or a Hub id."

@@ -96,7 +96,8 @@ def test_the_run_tells_its_accuracy_and_ids(tmp_path):
 
 def test_another_dense_model_was_not_measured(tmp_path):
     run = run_with_dense(tmp_path / "run")
-    other = save(nose(seed=1), tmp_path / "other")
+    # The run has measured a model of that name, but not this one.
+    other = save(nose(seed=1), tmp_path / "elsewhere" / "dense")
     folder = export_space(run, tmp_path / "out", dense=other)
     assert top1_of(folder) is None
     assert "models" not in front(folder)
