@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, ViTConfig
 
 from .card_records import card_record, model_record
+from .card_text import CARD, marked
 from .cards import render_card
 from .configuration_nose_vit import NoseViTConfig
 from .files import whole_folder, write_json, write_text
@@ -105,7 +106,7 @@ def convert_checkpoint(
         folded.save_pretrained(staging)
         processor.save_pretrained(staging)
         write_json(staging / "conversion.json", source_record)
-        write_text(staging / "README.md", render_card(record))
+        write_text(staging / CARD, marked(render_card(record)))
     return folder
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .files import read_json
+from .card_text import CARD, own_card
+from .files import read_json, write_text
 from .records import RECORDS
 
 
@@ -89,10 +90,35 @@ def exported(run: Path, form: str = "hf", is_kept: bool = True) -> Iterator[Path
     """
     The folder that a push of `run` sends: `run` itself where that is a checkpoint, else its export. One that is there
     is sent as it is, with whatever was written into its card; where there is none it is made, and kept or not.
+
+    Raises:
+        [`~hf_nose.hub.PushError`]: where an export was made around a card that somebody had written for an earlier
+            one, of another result of the run. The next push sends it.
     """
-    found = [folder for folder in (run, run / "export" / form) if (folder / "config.json").is_file()]
+    from .export_source import check_inside
+    from .hub import PushError
+
+    own = run / "export" / form
+    found = [folder for folder in (run, own) if (folder / "config.json").is_file()]
+    check_inside(iter(found), run)
+    if found:
+        yield found[0]
+        return
+    words = own_card(own)
+    if is_kept:
+        made = export(run, own, form)
+        if words is not None:
+            raise PushError(
+                f"Nothing was sent: {own / CARD} was written before the run was run again. See that it still says "
+                "the truth, or delete it, and push again."
+            )
+        yield made
+        return
     with TemporaryDirectory() as place:
-        yield found[0] if found else export(run, run / "export" / form if is_kept else Path(place) / form, form)
+        made = export(run, Path(place) / form, form)
+        if words is not None:
+            write_text(made / CARD, words)
+        yield made
 
 
 def export(run: Path, folder: Path, form: str) -> Path:
@@ -130,4 +156,7 @@ def last_words(done: Push) -> str:
     where = "" if done.revision == "main" else f', revision="{done.revision}"'
     load = f'AutoModelForImageClassification.from_pretrained("{done.repo_id}"{where}, trust_remote_code=True)'
     what = f"{len(done.files)} files, {sum(done.files.values()):,} bytes" if done.is_new else "Nothing has changed"
-    return f"{what}: {done.pull_request or done.url}\nLoad it:\n{load}"
+    lines = [f"{what}: {done.pull_request or done.url}", "Load it:", load]
+    if done.is_card_kept:
+        lines.insert(1, "The card that somebody has written there stays; one with words of yours would replace it.")
+    return "\n".join(lines)

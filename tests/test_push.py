@@ -10,10 +10,12 @@ from huggingface_hub import ModelCard
 from pushable import CARD, contents, exported, tiny_nose_vit
 from safetensors.torch import load_file, save_file
 
+from hf_nose.card_text import CARD as README
+from hf_nose.card_text import TAGS, completed_card, drop_exports
 from hf_nose.cli import BAD_INPUT, FAILED, OK, main
 from hf_nose.command_line import parse_settings
 from hf_nose.files import write_json
-from hf_nose.hub import TAGS, PushError, check_token, completed_card, holds, listed_files
+from hf_nose.hub import PushError, check_token, holds, listed_files
 from hf_nose.images import digits_processor
 from hf_nose.push import base_model, push_finished
 from hf_nose.push import exported as exported_folder
@@ -101,6 +103,28 @@ def test_an_export_is_made_once_and_then_sent_as_it_is(run, folder):
         assert kept == made
     with exported_folder(folder) as checkpoint:
         assert checkpoint == folder
+
+
+def test_a_push_around_words_of_an_earlier_result_waits_for_a_look(run, capsys):
+    """A run that was run again leaves the card that somebody has changed, and nothing else of its export."""
+    with exported_folder(run) as made:
+        card = (made / README).read_text().replace("## Limits", "## Mine\n\nAs I see it.\n\n## Limits")
+        (made / README).write_text(card)
+    assert drop_exports(run / "export") == [made / README]
+    assert [path for path in (run / "export").rglob("*") if path.is_file()] == [made / README]
+    assert main(["push", str(run), "--dry_run", "--json"]) == OK
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"][README] == len(card.encode()) and "modeling_nose_vit.py" in said["files"]
+    with pytest.raises(PushError, match="was written before the run was run again"), exported_folder(run):
+        raise AssertionError("sent")
+    with exported_folder(run) as again:
+        assert again == made and (made / README).read_text() == card and (made / "config.json").is_file()
+
+
+def test_an_export_that_a_link_leads_out_to_is_not_pushed(run, folder, capsys):
+    (run / "export").mkdir()
+    (run / "export" / "hf").symlink_to(folder)
+    assert "is a link out of" in refused(capsys, run, "--dry_run")
 
 
 def test_what_is_no_run_gets_no_name(folder, capsys):
