@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .card_text import CARD, own_card
 from .files import read_json, write_text
 from .records import RECORDS
+from .verbs import JSON_HELP, say_json, verb_parser
 
 
 if TYPE_CHECKING:
@@ -26,11 +26,10 @@ BRANCHES = {"hf": None, "stock-vit": "stock"}
 
 def push_parser() -> argparse.ArgumentParser:
     """What `hf-nose push` can be told."""
-    parser = argparse.ArgumentParser(
-        prog="hf-nose push",
-        allow_abbrev=False,
-        description="Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. "
-        "The token is that of `hf auth login` or HF_TOKEN.",
+    parser = verb_parser(
+        "push",
+        "Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. The token is that of "
+        "`hf auth login` or HF_TOKEN.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a checkpoint with a card")
     parser.add_argument("--repo_id", metavar="ID", help="OWNER/NAME, or NAME for your own; the run's name by default")
@@ -42,7 +41,7 @@ def push_parser() -> argparse.ArgumentParser:
     where.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     where.add_argument("--revision", metavar="BRANCH", help="branch of a variant, made where there is none")
     parser.add_argument("--dry_run", action="store_true", help="list the files and their sizes, send nothing")
-    parser.add_argument("--json", action="store_true", help="tell what was done as JSON")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser
 
 
@@ -62,7 +61,10 @@ def run_push(arguments: list[str]) -> None:
     else:
         done = push_run(run, form, **options)
         record, text = asdict(done), last_words(done)
-    sys.stdout.write((json.dumps(record) if as_json else text) + "\n")
+    if as_json:
+        say_json(record)
+    else:
+        sys.stdout.write(text + "\n")
 
 
 def push_run(run: Path, form: str = "hf", **options: Any) -> Push:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_nose"
 # From the ground up: a module may import those before it and no other. A new module gets its place here.
 LAYERS = [
+    "verbs",
     "guards_nose_vit",
     "configuration_nose_vit",
     "attention_nose_vit",
@@ -109,6 +110,7 @@ LAYERS = [
     "export_onnx_folder",
     "export_command",
     "checkpoint_verbs",
+    "completion",
     "cli",
 ]
 MAX_LINES = 330

@@ -171,7 +171,7 @@ def test_the_verb_takes_layers_and_the_default_name(base, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     file = released(tmp_path, STATE, "tiny_best.pth")
     assert main(["convert", str(file), "--layers", "4,0,2", "--base_model", base]) == OK
-    assert capsys.readouterr().out == "Written: deit-t-nose25\n"
+    assert capsys.readouterr().out == "Written to deit-t-nose25\n"
     assert inspect_checkpoint("deit-t-nose25")["layers"]["folded"] == REMOVED
     assert main(["convert", str(file), "--layers", "4,0,2", "--base_model", base]) == BAD_INPUT
     assert "is there already" in capsys.readouterr().err
