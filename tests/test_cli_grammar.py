@@ -96,7 +96,11 @@ def test_one_grammar(verb):
 def test_abbreviations_are_refused(verb, tmp_path, capsys):
     """`--js` is not `--json`; nothing is run."""
     positional = [str(tmp_path)] if any(not action.option_strings for action in verb_parser(verb)._actions) else []
-    needed = {"evaluate": ["--model=x", "--dataset=y"], "benchmark": ["--model=x"], "transfer": ["--steps=1"]}
+    needed = {
+        "evaluate": ["--model=x", "--dataset=y"],
+        "benchmark": ["--model=x"],
+        "transfer": ["--model=x", "--dataset=digits", "--steps=1"],
+    }
     if verb in cli.STAGE_VERBS:
         (tmp_path / "settings.yaml").write_text("seed: 0\n")
     try:
