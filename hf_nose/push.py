@@ -141,8 +141,11 @@ def base_model(run: Path) -> str | None:
 
 
 def default_name(run: Path) -> str:
-    """The repository's name: the run's, which is by default its recipe's; `ValueError` for what is no run."""
-    if not (run / "settings.yaml").is_file():
+    """
+    The repository's name: the folder's, of a run by default its recipe's, of a converted file the recipe's, too;
+    `ValueError` for any other folder.
+    """
+    if not any((run / name).is_file() for name in ("settings.yaml", "conversion.json")):
         raise ValueError(f"{run} is not the folder of a run, whose name could be the repository's: give --repo_id.")
     return run.resolve().name
 
