@@ -23,6 +23,7 @@ from .manifests import sha256
 from .modeling_nose_vit import NoseViTForImageClassification
 from .plan import parse_layers
 from .published import BASES, HEAD_SIZE, IMAGENET, checkpoint_name, published_figures
+from .remote_code import auto_map, copy_travelling_files
 from .surgery import fold
 
 
@@ -102,8 +103,10 @@ def convert_checkpoint(
         published=published_figures(base_id, IMAGENET, len(removed)),
         source=source_record,
     )
+    folded.config.auto_map = auto_map()
     with whole_folder(folder) as staging:
         folded.save_pretrained(staging)
+        copy_travelling_files(staging)
         processor.save_pretrained(staging)
         write_json(staging / "conversion.json", source_record)
         write_text(staging / CARD, marked(render_card(record)))

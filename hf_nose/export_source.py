@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from .card_text import CARD
 from .configuration_nose_vit import NoseViTConfig
 from .images import load_processor
-from .inspection import check_weights
+from .inspection import check_weights, read_config
 from .modeling_nose_vit import NoseViTForImageClassification
 from .records import Records, public_id, read_records
 from .weights import load_classifier
@@ -83,6 +83,7 @@ def open_source(source: str | os.PathLike[str]) -> ExportSource:
     # A snapshot of the Hub's cache links to the files beside it, by the cache's own doing.
     check_inside(entries(folder, model), folder if hub_id is None else folder.parents[1])
     check_model(model)
+    check_classifier(model)
     return ExportSource(
         name=folder.resolve().name if hub_id is None else hub_id.split("/")[-1],
         model=model,
@@ -117,6 +118,17 @@ def check_model(model: Path) -> None:
     if (model / "adapter_config.json").is_file():
         raise ValueError(f"{model} holds an adapter, which is no checkpoint: merge it into its model first.")
     check_weights(model)
+
+
+def check_classifier(model: Path) -> None:
+    """`ValueError` where a checkpoint has no head, which would be left to chance."""
+    _, architecture = read_config(str(model))
+    if not architecture.endswith("ForImageClassification"):
+        raise ValueError(
+            f"{model} holds a {architecture}, which has no classifier: an export is one, with its head. Give the "
+            "checkpoint that it was taken from, or train a head: NoseViTForImageClassification.from_vit(..., "
+            "num_labels=...) starts one."
+        )
 
 
 def check_hub_id(name: str, argument: str) -> None:

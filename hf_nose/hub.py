@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from .card_text import CARD, addressed_card, completed_card, is_own
-from .configuration_nose_vit import __version__
+from .configuration_nose_vit import NoseViTConfig, __version__
 from .export_source import check_model
 from .privacy import check_publishable
 
@@ -177,8 +177,24 @@ def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None
         raise ValueError(f"repo_id of a pull request must be OWNER/NAME, got {repo_id!r}.")
     files = listed_files(folder)
     check_model(folder)
+    check_code(folder)
     check_publishable(folder)
     return files
+
+
+def check_code(folder: Path) -> None:
+    """`ValueError` where a NoseViT would reach the Hub without the code that loads it for strangers."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != NoseViTConfig.model_type:
+        return
+    # `OWNER/NAME--FILE.CLASS` is the code of another repository.
+    named = {reference.split("--")[-1].split(".")[0] for reference in config.get("auto_map", {}).values()}
+    missing = sorted(f"{name}.py" for name in named if not (folder / f"{name}.py").is_file())
+    if missing or not named:
+        raise ValueError(
+            f"{folder} holds no code to load it by ({', '.join(missing) or 'no auto_map in config.json'}): "
+            "`hf-nose export` makes a folder that anyone can load."
+        )
 
 
 def check_token() -> None:

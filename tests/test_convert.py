@@ -210,6 +210,7 @@ def test_a_released_file_and_the_string_that_everything_shares(stem, hidden, nam
     assert main(["convert", str(file), "--json"]) == OK
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["output_dir"] == name and {"README.md", "model.safetensors", "conversion.json"} <= set(said["files"])
+    assert "modeling_nose_vit.py" in said["files"]
     assert said["files"] == {path.name: path.stat().st_size for path in (tmp_path / name).iterdir()}
     record = inspect_checkpoint(name)
     assert record["layers"]["removed"] == record["layers"]["folded"] == named(stem)[1]

@@ -16,9 +16,10 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from reference_vit import nose, stock_vit
 from safetensors.torch import load_file, save_file
 from tiny_run import files
+from transformers import ViTModel
 
 import hf_nose
-from hf_nose import export_source
+from hf_nose import NoseViTBackbone, export_source
 from hf_nose.card_text import is_own, marked
 from hf_nose.export import export_folder
 from hf_nose.privacy import check_publishable
@@ -304,6 +305,20 @@ def test_pickles_adapters_and_what_is_no_model(tmp_path, nothing_is_loaded):
     for name in (str(tmp_path / "nowhere"), "./nowhere"):
         with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
             export_folder(name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["NoseViTModel", "ViTModel", "NoseViTBackbone"])
+def test_a_checkpoint_without_a_classifier_is_refused(kind, tmp_path, nothing_is_loaded):
+    """Rather than given a head of random numbers."""
+    if kind == "NoseViTBackbone":
+        model = NoseViTBackbone.from_pretrained(checkpoint(tmp_path / "classifier"))
+    else:
+        model = nose([1]).vit if kind == "NoseViTModel" else ViTModel(stock_vit().config)
+    source = save(model, tmp_path / "source")
+    for form in (export_folder, export_stock_vit):
+        with pytest.raises(ValueError, match=f"holds a {kind}, which has no classifier: .*or train a head"):
+            form(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # Nothing from outside

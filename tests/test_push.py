@@ -201,6 +201,15 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
         listed_files(tmp_path)
 
 
+def test_a_folder_without_the_code_that_loads_it(folder, capsys):
+    (folder / "backbone_nose_vit.py").unlink()
+    assert "no code to load it by (backbone_nose_vit.py)" in refused(capsys, folder, "--repo_id", "you/vit")
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "no auto_map in config.json): `hf-nose export`" in refused(capsys, folder, "--repo_id", "you/vit")
+
+
 def test_links_lead_out(folder, tmp_path, capsys):
     (tmp_path / "secret.txt").write_text("secret")
     os.symlink(tmp_path / "secret.txt", folder / "notes.txt")
