@@ -84,7 +84,10 @@ def check_saving_again(folder, out, wanted):
         auto_map = json.loads((again / "config.json").read_text())["auto_map"]
         assert auto_map == json.loads((folder / "config.json").read_text())["auto_map"]
         bare = AutoModel.from_pretrained(again, **OPTIONS)
-        backbone = get_class_from_dynamic_module(auto_map["AutoBackbone"], str(again)).from_pretrained(again)
+        backbone_class = get_class_from_dynamic_module(auto_map["AutoBackbone"], str(again))
+        # As AutoBackbone does.
+        backbone_class.register_for_auto_class("AutoBackbone")
+        backbone = backbone_class.from_pretrained(again)
         with torch.no_grad():
             assert torch.equal(bare(wanted["images"]).last_hidden_state, wanted["tokens"])
             assert torch.equal(backbone(wanted["images"]).feature_maps[-1], wanted["map"])
