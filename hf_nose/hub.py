@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, ModelCard, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -178,6 +179,7 @@ def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None
     files = listed_files(folder)
     check_model(folder)
     check_code(folder)
+    card_to_send(folder, None)
     check_publishable(folder)
     return files
 
@@ -211,7 +213,10 @@ def check_token() -> None:
 def card_to_send(folder: Path, base_model: str | None) -> str:
     """The card with its metadata completed, in memory only; `ValueError` where that cannot be read."""
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    return completed_card((folder / CARD).read_text(encoding="utf-8"), base_model, architecture)
+    try:
+        return completed_card((folder / CARD).read_text(encoding="utf-8"), base_model, architecture)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {CARD} in {folder} are not plain YAML: {error}") from error
 
 
 def additions(folder: Path, files: Iterable[str], card: str | None) -> list[CommitOperationAdd]:

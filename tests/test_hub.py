@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 
+import psutil
 import pytest
 from hub_driver import HubDriver
 from hub_stand_in import READER, WRITER, HubStandIn
@@ -11,7 +13,7 @@ from pushable import contents, exported, tiny_nose_vit
 from tiny_run import finished_run
 
 from hf_nose.card_text import is_own, marked
-from hf_nose.cli import BAD_INPUT, FAILED, OK
+from hf_nose.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, TERMINATED
 from hf_nose.export import export_folder
 from hf_nose.files import write_json
 
@@ -353,6 +355,26 @@ def test_what_fails_once_is_tried_again_by_the_client(call, hub, push, folder):
 def test_a_connection_cut_in_the_middle_of_an_upload_is_mended(hub, push, folder):
     hub.fail("PUT /lfs/upload", cut=5000, times=1)
     assert push().code == OK and is_whole(hub, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("call", ["POST /api/repos/create", "PUT /lfs/upload", "POST .*/commit/"])
+def test_a_push_that_is_stopped_is_repeated(call, number, hub, push, driver, folder):
+    """By Ctrl-C, by a scheduler, by the machine: before the request is answered."""
+
+    def stop():
+        (child,) = psutil.Process(driver.process.pid).children()
+        child.send_signal(number)
+        if number == signal.SIGKILL:
+            psutil.wait_procs([child], 10)
+
+    hub.fail(call, times=1, meanwhile=stop)
+    done = push()
+    assert done.code == {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGKILL: -9}[number]
+    assert "Traceback" not in done.err and "--resume" not in done.err
+    assert number == signal.SIGKILL or "what has arrived is not sent twice: push again" in done.err
+    assert push().code == OK
+    assert is_whole(hub, folder) and len(hub.repository("you/vit").titles()) == 2
 
 
 @pytest.mark.parametrize(
