@@ -8,6 +8,7 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 
 
@@ -42,6 +43,11 @@ def is_own(text: str) -> bool:
     return found is None or found[1] != seal(text[: found.start()])
 
 
+def has_words(text: str) -> bool:
+    """Whether a card says anything: the web page for a new repository leaves one of metadata alone."""
+    return bool(re.sub(r"\A---\n.*?^---$", "", text, count=1, flags=re.DOTALL | re.MULTILINE).strip())
+
+
 def own_card(folder: Path) -> str | None:
     """The card in `folder` where a person has written or changed it; never one that a link leads to."""
     path = folder / CARD
@@ -72,9 +78,12 @@ def drop_exports(folder: Path) -> list[Path]:
 def completed_card(text: str, base_model: str | None, architecture: str) -> str:
     """
     A card with the metadata that the Hub files models by: what the card itself says stays, and so does every word of
-    its text.
+    its text. `ValueError` where its metadata cannot be read.
     """
-    card = ModelCard(text)
+    try:
+        card = ModelCard(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {CARD} are not plain YAML: {error}") from error
     facts = {"library_name": LIBRARY, "base_model": base_model}
     facts["pipeline_tag"] = next((task for end, task in TASKS.items() if architecture.endswith(end)), None)
     missing = {name: value for name, value in facts.items() if value is not None and card.data.get(name) is None}

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, ModelCard, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .card_text import CARD, addressed_card, completed_card, is_own
+from .card_text import CARD, addressed_card, completed_card, has_words, is_own
 from .configuration_nose_vit import NoseViTConfig, __version__
 from .export_source import check_model
 from .privacy import check_publishable
@@ -213,10 +212,7 @@ def check_token() -> None:
 def card_to_send(folder: Path, base_model: str | None) -> str:
     """The card with its metadata completed, in memory only; `ValueError` where that cannot be read."""
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    try:
-        return completed_card((folder / CARD).read_text(encoding="utf-8"), base_model, architecture)
-    except yaml.YAMLError as error:
-        raise ValueError(f"The metadata of {CARD} in {folder} are not plain YAML: {error}") from error
+    return completed_card((folder / CARD).read_text(encoding="utf-8"), base_model, architecture)
 
 
 def additions(folder: Path, files: Iterable[str], card: str | None) -> list[CommitOperationAdd]:
@@ -231,8 +227,7 @@ def is_own_there(api: HfApi, repo_id: str, commit: str) -> bool:
     """Whether somebody has written or changed the text of the card in a repository; then no template replaces it."""
     with calling("reading its card", repo_id):
         text = Path(api.hf_hub_download(repo_id, CARD, revision=commit)).read_text(encoding="utf-8")
-    # The web page for a new repository leaves a card of metadata alone.
-    return is_own(text) and bool(ModelCard(text, ignore_metadata_errors=True).text.strip())
+    return is_own(text) and has_words(text)
 
 
 def open_pull_request(api: HfApi, repo_id: str, title: str) -> Discussion | None:

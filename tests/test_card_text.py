@@ -4,7 +4,16 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_nose.card_text import addressed_card, completed_card, drop_exports, is_own, marked, own_card, repository_name
+from hf_nose.card_text import (
+    addressed_card,
+    completed_card,
+    drop_exports,
+    has_words,
+    is_own,
+    marked,
+    own_card,
+    repository_name,
+)
 
 
 CODE = """---
@@ -60,6 +69,13 @@ def test_what_is_filled_in_is_nobodys_words():
         assert not is_own(change(marked(CODE))) and is_own(change(CODE)) and is_own(change(marked(CODE) + "Mine."))
         assert change(marked(CODE)).count("<!--") == 1
     assert ModelCard(completed_card(marked(CODE), "a/b", "NoseViTModel")).data.base_model == "a/b"
+
+
+def test_a_card_of_metadata_alone_says_nothing():
+    assert not any(map(has_words, ("", "---\nlicense: mit\n---\n", "---\nlicense: mit\n---", "---\n---\n\n")))
+    assert all(
+        map(has_words, ("Mine", "---\nlicense: mit\n---\nMine", "---\na: !!python/x [y]\n---\nMine", "---\nMine"))
+    )
 
 
 def test_names():

@@ -70,6 +70,16 @@ def test_for_people(driver, folders):
     assert "Removed     0, 2\n" in done.out and "Folded      0, 2\n" in done.out and "Kept        1, 3\n" in done.out
 
 
+def test_an_export_of_a_hub_id_takes_the_card_along_and_no_code(hub, driver, folders, tmp_path):
+    requests = len(hub.requests)
+    done = driver.verb("export", "you/folded", "--output_dir", tmp_path / "out", "--json")
+    assert done.code == OK, done.err
+    fetched = {call.split("/")[-1] for call in hub.requests[requests:] if "/resolve/" in call}
+    assert not {name for name in fetched if name.endswith(".py")} and "README.md" in fetched
+    here, there = contents(tmp_path / "out"), contents(folders / "folded")
+    assert here.pop("README.md").endswith(there.pop("README.md").split(b"---\n")[2]) and here == there
+
+
 def test_a_revision(hub, driver, folders):
     put(hub, "you/both", contents(folders / "dense"))
     put(hub, "you/both", contents(folders / "folded"), "variant")

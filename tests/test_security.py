@@ -59,6 +59,9 @@ def test_yaml_of_a_card_makes_no_objects(tmp_path, capsys):
     (out / "README.md").write_text(f"---\nlicense: {TAG.format(trace=trace.name)}\n---\nMine\n")
     assert main(["push", str(out), "--repo_id", "you/vit", "--dry_run"]) == BAD_INPUT
     assert "are not plain YAML: " in (said := capsys.readouterr().err) and "python/object" in said
+    # Nor where the card goes along into another folder.
+    with pytest.raises(ValueError, match="are not plain YAML"):
+        export_folder(out, tmp_path / "again")
     assert not trace.exists() and not Path(trace.name).exists()
 
 
