@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .verbs import JSON_HELP, say_json, verb_parser
 
 
 DESCRIPTION = """
@@ -25,7 +26,7 @@ def comma_separated(text: str) -> list[str]:
 
 def benchmark_parser() -> argparse.ArgumentParser:
     """The options of the verb."""
-    parser = argparse.ArgumentParser(prog="hf-nose benchmark", description=DESCRIPTION, allow_abbrev=False)
+    parser = verb_parser("benchmark", DESCRIPTION)
     add = parser.add_argument
     add("--model", dest="models", action="append", required=True, help=MODEL_HELP)
     add("--removed", action="append", default=[], help="layers such as 0,1,3,4,6, or a share such as 40%%; repeatable")
@@ -44,7 +45,7 @@ def benchmark_parser() -> argparse.ArgumentParser:
     add("--fuse_qkv", action="store_true", help="q, k and v as one matrix product, beside three")
     add("--output_dir", type=Path, help="where JSON, CSV, tables and plot go; continues what stands there")
     add("--overwrite", action="store_true", help="begin anew there")
-    add("--json", action="store_true", help="print the record instead of the tables")
+    add("--json", action="store_true", help=JSON_HELP)
     return parser
 
 
@@ -67,4 +68,7 @@ def benchmark(arguments: Sequence[str]) -> None:
 
         write_tables(record, path)
         draw_pareto(record, path.with_suffix(".png"))
-    sys.stdout.write(json.dumps(stamped(record), indent=2) + "\n" if as_json else tables(record))
+    if as_json:
+        say_json(stamped(record))
+    else:
+        sys.stdout.write(tables(record))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .card_text import repository_name
 from .card_words import TOLD
 from .cards import render_card
 from .command_line import read_recipe, recipe_path
@@ -137,18 +138,21 @@ def export_card(
     name: str | None = None,
     repo_id: str | None = None,
     license: str | None = None,
+    dataset_id: str | None = None,
 ) -> str:
     """
     The text of `README.md` for an exported `folder`, complete but for that: its weights and figures are there.
 
-    `name` is by default what recipe and card of the base model are called, or `nose-vit`; the other arguments are
-    those of [`measured_record`] and [`run_record`]. Raises `ValueError` as these do.
+    `name` is that of a folder, of which only what a repository's name may hold is taken, and by default what recipe
+    and card of the base model are called, or `nose-vit`; the other arguments are those of [`measured_record`] and
+    [`run_record`]. Raises `ValueError` as these do.
     """
     removed = len(config.removed_attention_layers)
     if name is None:
         is_known = base_model_id in BASES and removed
         name = checkpoint_name(str(base_model_id), removed, config.num_hidden_layers) if is_known else "nose-vit"
-    record = measured_record(name, config, records, check_weights(folder)["mask"], base_model_id)
+    mask = check_weights(folder)["mask"]
+    record = measured_record(repository_name(name), config, records, mask, base_model_id, dataset_id)
     return render_card({**record, "repo_id": repo_id, "license": license, "figures": figures_in(folder)})
 
 

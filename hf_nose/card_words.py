@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .card_text import NOBODY
 from .report import escape, headline
 
 
@@ -213,7 +214,7 @@ def commands(record: dict[str, Any]) -> list[str]:
     if record["recipe"] is None:
         return []
     name = word(record["recipe"])
-    repo = word(record["repo_id"] or f"YOUR_NAME/{record['name']}")
+    repo = word(record["repo_id"] or f"{NOBODY}/{record['name']}")
     return [
         f"accelerate launch scripts/run_nose.py --recipe {name}",
         f"hf-nose export runs/{name}",

@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .card_text import NOBODY
 from .card_words import (
     commands,
     comparison,
@@ -123,7 +124,7 @@ def context(record: dict[str, Any]) -> dict[str, Any]:
     model = record["model"]
     return {
         "name": record["name"],
-        "repo": record["repo_id"] or f"YOUR_NAME/{record['name']}",
+        "repo": record["repo_id"] or f"{NOBODY}/{record['name']}",
         "summary": Safe(summary(record)),
         "status": Safe(status(record)),
         "headline": [Safe(line) for line in gains(record)],

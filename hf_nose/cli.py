@@ -3,145 +3,171 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+from .verbs import JSON_HELP, VERBS, say_json, underscored
 
-VERBS = {
-    "run": "dense ViT in, compressed checkpoint out: all stages",
-    "profile": "entropy of every layer, in the folder of a run",
-    "select": "search the layers to remove, in the folder of a run",
-    "dilute": "train while the mask falls to 0, in the folder of a run",
-    "fold": "remove the diluted attention, in the folder of a run",
-    "report": "figures and report, in the folder of a run",
-    "transfer": "train any model, dense or compressed, on another data set",
-    "evaluate": "accuracy of any model, dense or compressed",
-    "benchmark": "speed and memory of models side by side",
-    "export": "a checkpoint as a folder that loads anywhere, as ONNX, or as a plain ViT",
-    "push": "a checkpoint with its card to the Hub",
-    "inspect": "what a checkpoint is: layers, M, costs",
-    "convert": "a released .pth of the paper's authors into a folded checkpoint",
-    "env": "versions and hardware, for a bug report",
-}
+
 OK, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+EXIT_CODES = {
+    OK: "done",
+    FAILED: "failed: the disk, the network, the Hub, a number that is not finite; or a mistake of hf_nose itself",
+    BAD_INPUT: "bad input: an option, a setting, a file",
+    INTERRUPTED: "interrupted by Ctrl-C",
+    TERMINATED: "terminated by SIGTERM",
+}
+# The verbs that are told what the main job is told, in the folder of a run.
+STAGE_VERBS = ("profile", "select", "dilute", "fold", "report")
+SHELLS = ("bash", "zsh", "tcsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `hf-nose`. Returns the exit code: 0, 1 unexpected, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    epilog = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
+    """Entry point of `hf-nose`. Returns the exit code, one of `EXIT_CODES`; argparse ends with its own 0 and 2."""
+    arguments = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    parser = main_parser()
+    is_completion = arguments[:1] and arguments[0].startswith("--print_completion")
+    options = parser.parse_args(arguments if is_completion else arguments[:1])
+    if options.print_completion is not None:
+        return guarded(lambda: print_completion(options.print_completion), "Nothing was written.")
+    if options.verb is None:
+        parser.error("VERB is missing")
+    return guarded(lambda: dispatch(options.verb, arguments[1:]), VERBS[options.verb].stopped)
+
+
+def main_parser() -> argparse.ArgumentParser:
+    """What stands before the verb."""
+    verbs = "\n".join(f"  {name:<10}{verb.text}" for name, verb in VERBS.items())
+    codes = "\n".join(f"  {code:<10}{text}" for code, text in EXIT_CODES.items())
     parser = argparse.ArgumentParser(
         prog="hf-nose",
         description="Smaller and faster Vision Transformers by removing attention layers.",
-        epilog=f"verbs:\n{epilog}\n\n`hf-nose VERB --help` lists the options of a verb.",
+        epilog=f"verbs:\n{verbs}\n\nexit codes:\n{codes}\n\n`hf-nose VERB --help` lists the options of a verb.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("verb", choices=VERBS, metavar="VERB")
-    verb = parser.parse_args(arguments[:1]).verb
-    return guarded(lambda: dispatch(verb, arguments[1:]))
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", nargs="?")
+    parser.add_argument(
+        "--print_completion",
+        "--print-completion",
+        choices=SHELLS,
+        help="write what completes verbs and options in that shell",
+    )
+    return parser
 
 
-def own_verb(verb: str) -> Callable[[list[str]], None] | None:
-    """The function of a verb that reads its own words, imported when it is called."""
+def own_verb(verb: str) -> tuple[Callable[[], argparse.ArgumentParser], Callable[[list[str]], None]] | None:
+    """The parser and the function of a verb that reads its own words, imported when they are asked for."""
     if verb == "benchmark":
-        from .benchmark_command import benchmark
+        from .benchmark_command import benchmark, benchmark_parser
 
-        return benchmark
+        return benchmark_parser, benchmark
     if verb == "export":
-        from .export_command import export
+        from .export_command import export, export_parser
 
-        return export
+        return export_parser, export
     if verb == "push":
-        from .push import run_push
+        from .push import push_parser, run_push
 
-        return run_push
-    if verb == "inspect":
-        from .checkpoint_verbs import inspect_verb
+        return push_parser, run_push
+    from . import checkpoint_verbs
 
-        return inspect_verb
-    if verb == "convert":
-        from .checkpoint_verbs import convert_verb
+    own: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[list[str]], None]]] = {
+        "evaluate": (checkpoint_verbs.evaluate_parser, checkpoint_verbs.evaluate),
+        "inspect": (checkpoint_verbs.inspect_parser, checkpoint_verbs.inspect),
+        "convert": (checkpoint_verbs.convert_parser, checkpoint_verbs.convert),
+        "env": (checkpoint_verbs.env_parser, checkpoint_verbs.env),
+    }
+    return own.get(verb)
 
-        return convert_verb
-    return {"env": environment, "evaluate": evaluate}.get(verb)
+
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    """All that a verb can be told: what its help lists, and what a shell completes."""
+    own = own_verb(verb)
+    if own is not None:
+        return own[0]()
+    from .command_line import settings_parser
+    from .settings import Settings
+    from .transfer_settings import TransferSettings
+
+    parser = settings_parser(f"hf-nose {verb}", TransferSettings if verb == "transfer" else Settings)
+    parser.epilog = VERBS[verb].writes
+    if verb in STAGE_VERBS:
+        parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a run")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+    return parser
 
 
 def dispatch(verb: str, arguments: list[str]) -> None:
     """Runs one verb."""
     own = own_verb(verb)
     if own is not None:
-        return own(arguments)
+        return own[1](arguments)
+    if {"-h", "--help"} & set(arguments):
+        verb_parser(verb).parse_args(["--help"])
     from transformers.utils import logging
-
-    from .command_line import parse_settings
 
     # The bars for reading and writing weights; those of the stages stay.
     logging.disable_progress_bar()
+    is_json = "--json" in arguments
+    words = [word for word in arguments if word != "--json"]
+    with redirect_stdout(sys.stderr) if is_json else nullcontext():
+        is_main, folder, path = run_words(verb, words)
+    if is_json and is_main:
+        from .files import read_json
+
+        say_json({"output_dir": str(folder), "record": read_json(path) if path.is_file() else None})
+    return None
+
+
+def run_words(verb: str, arguments: list[str]) -> tuple[bool, Path, Path]:
+    """Runs a job, or one stage of it: whether this process speaks for all, the folder, and the result's record."""
+    from .command_line import parse_job, parse_settings
+    from .records import RECORDS
+
     if verb == "run":
         settings = parse_settings(arguments, prog="hf-nose run")
         from .run import run_job
 
-        run_job(settings)
-        return None
+        run = run_job(settings)
+        return run.is_main, run.folder, run.folder / RECORDS["evaluate"]
     if verb == "transfer":
-        from .command_line import parse_job
         from .transfer_settings import TransferSettings
 
         options = parse_job(TransferSettings, arguments, prog="hf-nose transfer")
         from .transfer import transfer_job
 
-        transfer_job(options)
-        return None
+        job = transfer_job(options)
+        return job.is_main, job.folder, job.folder / RECORDS["transfer"]
     parser = argparse.ArgumentParser(prog=f"hf-nose {verb}", add_help=False, allow_abbrev=False)
     parser.add_argument("folder", type=Path, nargs="?")
     folder, flags = parser.parse_known_args(arguments)
-    if {"-h", "--help"} & set(flags):
-        parse_settings(["--help"], prog=f"hf-nose {verb} DIR")
     if folder.folder is None:
         raise ValueError(f"Give the folder of a run: hf-nose {verb} DIR [settings].")
     from .run import folder_settings, rerun_stage
 
     base = folder_settings(folder.folder)
     flags += ["--output_dir", str(folder.folder)]
-    rerun_stage(parse_settings(flags, prog=f"hf-nose {verb} DIR", base=base), verb)
-    return None
+    run = rerun_stage(parse_settings(flags, prog=f"hf-nose {verb} DIR", base=base), verb)
+    return run.is_main, run.folder, run.folder / RECORDS[verb]
 
 
-def evaluate(arguments: list[str]) -> None:
-    """`hf-nose evaluate`: accuracy of one model on one data set, as JSON on the last line."""
-    parser = argparse.ArgumentParser(prog="hf-nose evaluate", allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="Hub id or folder, dense or compressed")
-    parser.add_argument("--dataset", required=True, help="'digits', a parquet file, a folder or a Hub id")
-    parser.add_argument("--eval_split", help="split to evaluate on")
-    parser.add_argument("--image_column", help="column of images")
-    parser.add_argument("--label_column", help="column of labels")
-    parser.add_argument("--max_eval_samples", type=int, help="a sample of so many images")
-    parser.add_argument("--eval_batch_size", type=int, default=64, help="images a forward")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
-    options = parser.parse_args(arguments)
-    from .evaluation import evaluate_checkpoint
+def print_completion(shell: str) -> None:
+    """Writes what a shell reads to complete `hf-nose`."""
+    from .completion import completion_script
 
-    record = evaluate_checkpoint(**vars(options))
-    if os.environ.get("RANK", "0") == "0":
-        sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.write(completion_script(main_parser(), {verb: verb_parser(verb) for verb in VERBS}, shell))
 
 
-def environment(arguments: list[str]) -> None:
-    """`hf-nose env`: versions and hardware, without host name or paths."""
-    argparse.ArgumentParser(prog="hf-nose env").parse_args(arguments)
-    from .files import versions
-    from .profiling import hardware
-
-    sys.stdout.write(json.dumps({"versions": versions(), "hardware": hardware()}, indent=2) + "\n")
-
-
-def guarded(verb: Callable[[], None]) -> int:
-    """Turns errors that a person can act on into one line and an exit code; the rest keep their traceback."""
+def guarded(verb: Callable[[], None], stopped: str) -> int:
+    """
+    Turns errors that a person can act on into one line and an exit code; the rest keep their traceback. `stopped` says
+    what is left where somebody stops the verb.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -151,10 +177,10 @@ def guarded(verb: Callable[[], None]) -> int:
     try:
         verb()
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Finished stages and checkpoints are kept: continue with --resume.\n")
+        sys.stderr.write(f"\nInterrupted. {stopped}\n")
         return INTERRUPTED
     except Terminated:
-        sys.stderr.write("\nTerminated. Finished stages and checkpoints are kept: continue with --resume.\n")
+        sys.stderr.write(f"\nTerminated. {stopped}\n")
         return TERMINATED
     except expected as error:
         if os.environ.get("HF_NOSE_TRACEBACK"):

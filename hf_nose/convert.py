@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, ViTConfig
 
 from .card_records import card_record, model_record
+from .card_text import CARD, marked
 from .cards import render_card
 from .configuration_nose_vit import NoseViTConfig
 from .files import whole_folder, write_json, write_text
@@ -22,6 +23,7 @@ from .manifests import sha256
 from .modeling_nose_vit import NoseViTForImageClassification
 from .plan import parse_layers
 from .published import BASES, HEAD_SIZE, IMAGENET, checkpoint_name, published_figures
+from .remote_code import auto_map, copy_travelling_files
 from .shapes import SHAPES
 from .surgery import fold
 
@@ -102,11 +104,13 @@ def convert_checkpoint(
         published=published_figures(base_id, IMAGENET, len(removed)),
         source=source_record,
     )
+    folded.config.auto_map = auto_map()
     with whole_folder(folder) as staging:
         folded.save_pretrained(staging)
+        copy_travelling_files(staging)
         processor.save_pretrained(staging)
         write_json(staging / "conversion.json", source_record)
-        write_text(staging / "README.md", render_card(record))
+        write_text(staging / CARD, marked(render_card(record)))
     return folder
 
 

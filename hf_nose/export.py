@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
+from .card_records import export_card
+from .card_text import CARD, completed_card, marked, own_card
 from .configuration_nose_vit import NoseViTConfig
 from .export_source import ExportSource, check_hub_id, open_source
 from .files import read_json, whole_folder, write_text
 from .privacy import check_publishable
 from .records import Records
 from .remote_code import auto_map, copy_travelling_files
-from .report import headline
 
 
+logger = logging.getLogger(__name__)
 # From the folder, complete but for README.md, the configuration of the model, the records of the run (none without
 # one) and the base model's Hub id, where it is known, to the text of README.md.
 Card = Callable[[Path, NoseViTConfig, Records, str | None], str]
+KEPT = "%s is somebody's own words and stays: see that it still says the truth. Deleted, it is written anew."
 
 
 def export_folder(
@@ -42,7 +47,8 @@ def export_folder(
     `trust_remote_code=True` where hf_nose is not installed, offline in both cases.
 
     In it: `model.safetensors`, `config.json` with the `auto_map`, the travelling code, `preprocessor_config.json`,
-    `README.md`, and, where the source has them, `selection.json` and `figures/`. It appears whole or not at all.
+    `README.md`, and, where the source has them, `selection.json` and `figures/`. It appears whole or not at all. A
+    card that somebody has changed in an earlier export stays as it is.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -57,7 +63,8 @@ def export_folder(
         task_id (`str`, *optional*):
             The task registered for that data set; with both, `.eval_results/*.yaml` is written.
         card (`Callable`, *optional*):
-            Makes the text of `README.md` from folder, configuration, the run's records and the base model's id.
+            Makes the text of `README.md` from folder, configuration, the run's records and the base model's id. By
+            default the card that a NoseViT's checkpoint brings along, else [`~hf_nose.card_records.export_card`].
         overwrite (`bool`, *optional*, defaults to `False`):
             Replaces an earlier export.
 
@@ -77,8 +84,12 @@ def export_folder(
         copy_travelling_files(folder)
         copy_records(opened, folder)
         base = known_id(base_model_id, opened.records, "model", "base_model_id")
-        write_eval_results(folder, opened.records, dataset_id, task_id)
-        write_text(folder / "README.md", (card or plain_card)(folder, model.config, opened.records, base))
+        dataset = known_id(dataset_id, opened.records, "data", "dataset_id")
+        write_eval_results(folder, opened.records, dataset, task_id)
+        brought = opened.card() if card is None else None
+        card = card or partial(export_card, name=opened.name, dataset_id=dataset)
+        text = completed_card(brought, base, type(model).__name__) if brought is not None else None
+        write_text(folder / CARD, text or marked(card(folder, model.config, opened.records, base)))
     return Path(output_dir)
 
 
@@ -88,7 +99,8 @@ def exported(
 ) -> Iterator[Path]:
     """
     Yields an empty folder that takes the place of `output_dir` when the block ends and nothing in it is private. Only
-    a folder that holds the file `marker`, as every export of this format does, is replaced.
+    a folder that holds the file `marker`, as every export of this format does, is replaced. The card of an earlier
+    export stays where somebody has changed it, also where nothing else is left of that.
 
     Raises:
         `ValueError`: where `output_dir` is in use, holds the source, or something in it is not to be published.
@@ -96,14 +108,19 @@ def exported(
     output = Path(output_dir)
     if source.model.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"output_dir {output} holds the model that is exported: name another folder.")
-    if output.is_dir() and any(output.iterdir()):
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if names and not (names == {CARD} and own_card(output)):
         if not overwrite:
             raise ValueError(f"output_dir {output} is not empty: replace it by overwrite, or name another folder.")
         if not (output / marker).is_file():
             raise ValueError(f"output_dir {output} is no earlier export (no {marker}): name another folder.")
     output.parent.mkdir(parents=True, exist_ok=True)
+    own = own_card(output)
     with whole_folder(output) as folder:
         yield folder
+        if own is not None:
+            write_text(folder / CARD, own)
+            logger.warning(KEPT, output / CARD)
         check_publishable(folder)
 
 
@@ -139,11 +156,10 @@ def measured(records: Records) -> dict[str, Any] | None:
     return metrics["models"].get("compressed") if "models" in metrics else metrics.get("metrics")
 
 
-def write_eval_results(folder: Path, records: Records, dataset_id: str | None, task_id: str | None) -> None:
+def write_eval_results(folder: Path, records: Records, dataset: str | None, task_id: str | None) -> None:
     """`.eval_results/NAME.yaml`, which the Hub takes only for its own data sets and their registered tasks."""
     if task_id is None:
         return
-    dataset = known_id(dataset_id, records, "data", "dataset_id")
     accuracy = measured(records)
     if dataset is None or accuracy is None:
         what = "the Hub id of the data set is not known: give dataset_id" if accuracy else "no accuracy was measured"
@@ -154,36 +170,3 @@ def write_eval_results(folder: Path, records: Records, dataset_id: str | None, t
     path = folder / ".eval_results" / f"{dataset.split('/')[-1]}.yaml"
     path.parent.mkdir()
     write_text(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
-
-
-def plain_card(folder: Path, config: NoseViTConfig, records: Records, base_model_id: str | None) -> str:
-    """A card that says what the model is, what was measured, and how it is loaded."""
-    is_measured = "models" in records.get("metrics", {})
-    parts = [
-        front_matter(["hf_nose", "nose_vit"], base_model_id),
-        "# Vision Transformer compressed by hf_nose",
-        state_of_layers(config),
-        " ".join(headline(records)) if is_measured else "Nothing was measured.",
-        "```python\nfrom transformers import AutoModelForImageClassification\n\n"
-        "# After `import hf_nose`, trust_remote_code is not needed.\n"
-        'model = AutoModelForImageClassification.from_pretrained(".", trust_remote_code=True)\n```',
-        *(f"![{path.stem}](figures/{path.name})" for path in sorted((folder / "figures").glob("*.png"))),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def front_matter(tags: list[str], base_model_id: str | None) -> str:
-    """The YAML in front of a card."""
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag="image-classification", tags=tags, base_model=base_model_id
-    )
-    return f"---\n{data.to_yaml()}\n---"
-
-
-def state_of_layers(config: NoseViTConfig) -> str:
-    """Which attention layers are gone or on their way, in a sentence."""
-    removed, diluted = (
-        ", ".join(map(str, layers)) or "none"
-        for layers in (config.removed_attention_layers, config.diluted_attention_layers)
-    )
-    return f"Of {config.num_hidden_layers} attention layers, removed: {removed}; diluted: {diluted}."

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .verbs import JSON_HELP, say_json, sizes, verb_parser
 
 
 FORMATS = {
@@ -19,19 +20,17 @@ FORMATS = {
 }
 
 
-def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of the verb. `ValueError` for those that do not go together."""
-    parser = argparse.ArgumentParser(
-        prog="hf-nose export",
-        allow_abbrev=False,
-        description="Writes a checkpoint in a form to be published or run elsewhere.",
+def export_parser() -> argparse.ArgumentParser:
+    """The options of the verb."""
+    parser = verb_parser("export")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a run or of a checkpoint, or Hub id, dense or compressed"
     )
-    parser.add_argument("model", help="folder of a run or of a checkpoint, or Hub id, dense or compressed")
     formats = "; ".join(f"{name}: {text}" for name, text in FORMATS.items())
     parser.add_argument("--format", choices=tuple(FORMATS), default="hf", help=formats)
     parser.add_argument("--output_dir", type=Path, help="RUN/export/FORMAT, or ./NAME-FORMAT, by default")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--json", action="store_true", help="print what was written as JSON, on the last line")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     card = parser.add_argument_group("hf and stock-vit")
     card.add_argument("--base_model_id", help="Hub id of the model that was compressed, where the run does not know")
     card.add_argument("--dataset_id", help="hf: Hub id of the data set that accuracy was measured on")
@@ -46,7 +45,12 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
     onnx.add_argument("--label_column", help="column of labels")
     onnx.add_argument("--max_eval_samples", type=int, help="a sample of so many images")
     onnx.add_argument("--eval_batch_size", type=int, default=32, help="images a forward")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the verb. `ValueError` for those that do not go together."""
+    options = export_parser().parse_args(list(arguments))
     for name, formats_of, needs in (
         ("base_model_id", ("hf", "stock-vit"), None),
         ("dataset_id", ("hf",), None),
@@ -104,10 +108,9 @@ def export(arguments: Sequence[str]) -> None:
         names = ("int8", "dataset", "eval_split", "image_column", "label_column", "max_eval_samples")
         measure = {name: getattr(options, name) for name in (*names, "eval_batch_size")}
         export_onnx_folder(options.model, output, **shared, **measure)
-    files = {path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()}
+    files = sizes(output)
     if options.json:
-        record = {"output_dir": str(output), "format": options.format, "files": dict(sorted(files.items()))}
-        sys.stdout.write(json.dumps(record) + "\n")
+        say_json({"output_dir": str(output), "format": options.format, "files": files})
     else:
-        sys.stdout.write("".join(f"{size:>13,}  {name}\n" for name, size in sorted(files.items())))
+        sys.stdout.write("".join(f"{size:>13,}  {name}\n" for name, size in files.items()))
         sys.stdout.write(f"Written to {output}\n")

@@ -10,12 +10,19 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
 
+from .card_text import CARD
+from .configuration_nose_vit import NoseViTConfig
 from .images import load_processor
-from .inspection import check_weights
+from .inspection import check_weights, read_config
 from .modeling_nose_vit import NoseViTForImageClassification
 from .records import Records, public_id, read_records
 from .weights import load_classifier
+
+
+# What of a repository is fetched: no code, and no pickle.
+PATTERNS = ["*.json", "*.safetensors", "figures/*.png", CARD]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,13 @@ class ExportSource:
         """The model, in evaluation mode, as [`NoseViTForImageClassification`] whatever it was saved as."""
         return load_classifier(self.model)
 
+    def card(self) -> str | None:
+        """The card that a NoseViT brings along; that of another model tells how the other one is loaded."""
+        path = self.model / CARD
+        config, _ = PreTrainedConfig.get_config_dict(self.model)
+        is_ours = config["model_type"] == NoseViTConfig.model_type
+        return path.read_text(encoding="utf-8") if is_ours and path.is_file() else None
+
     def processor(self):
         """Its image processor."""
         return load_processor(self.model)
@@ -63,12 +77,13 @@ def open_source(source: str | os.PathLike[str]) -> ExportSource:
         if public_id(hub_id) is None:
             raise ValueError(f"{hub_id} is neither a folder nor a Hub id.")
         check_hub_id(hub_id, "model")
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "figures/*.png"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
     is_run = not (folder / "config.json").is_file() and (folder / "model").is_dir()
     model = folder / "model" if is_run else folder
     # A snapshot of the Hub's cache links to the files beside it, by the cache's own doing.
     check_inside(entries(folder, model), folder if hub_id is None else folder.parents[1])
     check_model(model)
+    check_classifier(model)
     return ExportSource(
         name=folder.resolve().name if hub_id is None else hub_id.split("/")[-1],
         model=model,
@@ -81,7 +96,7 @@ def open_source(source: str | os.PathLike[str]) -> ExportSource:
 
 def entries(folder: Path, model: Path) -> Iterator[Path]:
     """Everything below `folder` that an export may read."""
-    yield from folder.glob("*.json")
+    yield from (*folder.glob("*.json"), *folder.glob("export/*"), *folder.glob("export/*/README.md"))
     for part in {model, folder / "figures"}:
         yield from part.rglob("*")
 
@@ -103,6 +118,17 @@ def check_model(model: Path) -> None:
     if (model / "adapter_config.json").is_file():
         raise ValueError(f"{model} holds an adapter, which is no checkpoint: merge it into its model first.")
     check_weights(model)
+
+
+def check_classifier(model: Path) -> None:
+    """`ValueError` where a checkpoint has no head, which would be left to chance."""
+    _, architecture = read_config(str(model))
+    if not architecture.endswith("ForImageClassification"):
+        raise ValueError(
+            f"{model} holds a {architecture}, which has no classifier: an export is one, with its head. Give the "
+            "checkpoint that it was taken from, or train a head: NoseViTForImageClassification.from_vit(..., "
+            "num_labels=...) starts one."
+        )
 
 
 def check_hub_id(name: str, argument: str) -> None:

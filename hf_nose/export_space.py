@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import SpaceCardData
 
+from .card_text import CARD, marked
 from .configuration_nose_vit import NoseViTConfig, __version__
 from .export import exported, known_id, save_checkpoint
 from .export_source import ExportSource, check_inside, open_source
@@ -86,7 +87,8 @@ def export_space(
         rival = opened["dense"].name if dense is None else None
         about = {"name": compressed.name, "dense": rival, "top1": measured_pair(compressed, rival)}
         write_json(folder / "space.json", about)
-        write_text(folder / "README.md", space_card(about, models["compressed"].config, hub_ids(opened)))
+        card = space_card(about, models["compressed"].config, hub_ids(opened))
+        write_text(folder / CARD, marked(card))
     return Path(output_dir)
 
 

@@ -57,7 +57,12 @@ def remote_header(source: str, revision: str | None) -> Header:
     try:
         found = get_safetensors_metadata(source, revision=revision)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise ValueError(f"{source} has no weights that can be read: {error}") from error
+        raise ValueError(
+            f"{source} has no weights that can be read, or this token cannot see them: {error}"
+        ) from error
+    strangers = sorted(name for name in found.files_metadata if not is_shard(name))
+    if strangers:
+        raise ValueError(f"{INDEX} must name safetensors files beside it, got {strangers[:4]}.")
     header = {
         key: Tensor(item.dtype, tuple(item.shape), name)
         for name, file in found.files_metadata.items()

@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, ModelCard, get_token
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion, HfApi, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from .configuration_nose_vit import __version__
+from .card_text import CARD, addressed_card, completed_card, has_words, is_own
+from .configuration_nose_vit import NoseViTConfig, __version__
 from .export_source import check_model
 from .privacy import check_publishable
 
 
-CARD = "README.md"
-LIBRARY = "transformers"
-TAGS = ("hf_nose",)
-TASKS = {"ForImageClassification": "image-classification", "Model": "image-feature-extraction"}
 # Loading one of these runs what is in it.
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # What an earlier push may have left beside new weights, and `from_pretrained` would take instead of them.
@@ -37,8 +40,8 @@ class PushError(RuntimeError):
 @dataclass(frozen=True)
 class Push:
     """
-    What was pushed: the repository with its owner, branch and commit, the pages to look at, bytes by file, and whether
-    there was anything new in them.
+    What was pushed: the repository with its owner, branch and commit, the pages to look at, bytes by file, whether
+    there was anything new in them, and whether the card that is there stays, because somebody wrote it there.
     """
 
     repo_id: str
@@ -48,6 +51,7 @@ class Push:
     pull_request: str | None
     files: dict[str, int]
     is_new: bool
+    is_card_kept: bool
 
 
 def listed_files(folder: str | os.PathLike[str]) -> dict[str, int]:
@@ -88,24 +92,6 @@ def holds(path: Path, secret: bytes) -> bool:
     return False
 
 
-def completed_card(text: str, base_model: str | None, architecture: str) -> str:
-    """
-    A card with the metadata that the Hub files models by: what the card itself says stays, and so does every word of
-    its text.
-    """
-    card = ModelCard(text)
-    facts = {"library_name": LIBRARY, "base_model": base_model}
-    facts["pipeline_tag"] = next((task for end, task in TASKS.items() if architecture.endswith(end)), None)
-    missing = {name: value for name, value in facts.items() if value is not None and card.data.get(name) is None}
-    tags = list(card.data.get("tags") or [])
-    if not missing and set(TAGS) <= set(tags):
-        return text
-    for name, value in missing.items():
-        card.data[name] = value
-    card.data["tags"] = [*tags, *(tag for tag in TAGS if tag not in tags)]
-    return str(card)
-
-
 def push_folder(
     folder: str | os.PathLike[str],
     repo_id: str,
@@ -122,7 +108,8 @@ def push_folder(
     Args:
         folder (`str` or `os.PathLike`):
             What `hf-nose export` left: configuration, code, weights, image processor and card. The card is sent as it
-            is, but for metadata that it lacks.
+            is, but for metadata that it lacks and for `YOUR_NAME/...`, where `repo_id` is put in. One that nobody has
+            changed does not take the place of words that somebody has written on the Hub.
         repo_id (`str`):
             `OWNER/NAME`, or `NAME` for the token's owner. Made where there is none.
         private (`bool`, *optional*, defaults to `False`):
@@ -143,7 +130,7 @@ def push_folder(
     files = check_push(folder, repo_id, create_pr, revision)
     if get_token() is None:
         raise PushError(NO_TOKEN)
-    operations = additions(folder, files, base_model)
+    card, variant = card_to_send(folder, base_model), revision
     api = HfApi(library_name="hf_nose", library_version=__version__)
     if not create_pr:
         with calling("making the repository", repo_id):
@@ -164,7 +151,9 @@ def push_folder(
             f"{repo_id} exists and is public: make it private in its settings, or push without `private`."
         )
     names = [file.rfilename for file in there.siblings or []]
+    is_kept = CARD in names and not is_own(card) and is_own_there(api, repo_id, str(there.sha))
     stale = [name for name in names if name not in files and any(fnmatch(name, pattern) for pattern in STALE)]
+    operations = additions(folder, files, None if is_kept else addressed_card(card, repo_id, variant))
     with calling("sending the files", repo_id):
         done = api.create_commit(
             repo_id,
@@ -176,7 +165,7 @@ def push_folder(
         )
     page = done.pr_url if opened is None else opened.url
     branch = done.pr_revision or revision or "main"
-    return Push(repo_id, branch, done.oid, str(done.commit_url), page, files, is_new=done.oid != there.sha)
+    return Push(repo_id, branch, done.oid, str(done.commit_url), page, files, done.oid != there.sha, is_kept)
 
 
 def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None) -> dict[str, int]:
@@ -188,8 +177,25 @@ def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None
         raise ValueError(f"repo_id of a pull request must be OWNER/NAME, got {repo_id!r}.")
     files = listed_files(folder)
     check_model(folder)
+    check_code(folder)
+    card_to_send(folder, None)
     check_publishable(folder)
     return files
+
+
+def check_code(folder: Path) -> None:
+    """`ValueError` where a NoseViT would reach the Hub without the code that loads it for strangers."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != NoseViTConfig.model_type:
+        return
+    # `OWNER/NAME--FILE.CLASS` is the code of another repository.
+    named = {reference.split("--")[-1].split(".")[0] for reference in config.get("auto_map", {}).values()}
+    missing = sorted(f"{name}.py" for name in named if not (folder / f"{name}.py").is_file())
+    if missing or not named:
+        raise ValueError(
+            f"{folder} holds no code to load it by ({', '.join(missing) or 'no auto_map in config.json'}): "
+            "`hf-nose export` makes a folder that anyone can load."
+        )
 
 
 def check_token() -> None:
@@ -203,12 +209,25 @@ def check_token() -> None:
         raise PushError("The token may only read: take one with write access, log in with it, and start again.")
 
 
-def additions(folder: Path, files: Iterable[str], base_model: str | None) -> list[CommitOperationAdd]:
-    """The files as parts of a commit; the card with its metadata completed, in memory only."""
+def card_to_send(folder: Path, base_model: str | None) -> str:
+    """The card with its metadata completed, in memory only; `ValueError` where that cannot be read."""
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    card = completed_card((folder / CARD).read_text(encoding="utf-8"), base_model, architecture)
-    contents = {name: str(folder / name) for name in files} | {CARD: card.encode()}
+    return completed_card((folder / CARD).read_text(encoding="utf-8"), base_model, architecture)
+
+
+def additions(folder: Path, files: Iterable[str], card: str | None) -> list[CommitOperationAdd]:
+    """The files as parts of a commit, with `card` for theirs, or with none."""
+    contents: dict[str, str | bytes] = {name: str(folder / name) for name in files if name != CARD}
+    if card is not None:
+        contents[CARD] = card.encode()
     return [CommitOperationAdd(name, content) for name, content in contents.items()]
+
+
+def is_own_there(api: HfApi, repo_id: str, commit: str) -> bool:
+    """Whether somebody has written or changed the text of the card in a repository; then no template replaces it."""
+    with calling("reading its card", repo_id):
+        text = Path(api.hf_hub_download(repo_id, CARD, revision=commit)).read_text(encoding="utf-8")
+    return is_own(text) and has_words(text)
 
 
 def open_pull_request(api: HfApi, repo_id: str, title: str) -> Discussion | None:
@@ -223,9 +242,9 @@ def calling(doing: str, repo_id: str) -> Iterator[None]:
     """Turns what a call to the Hub may raise into a [`PushError`]."""
     try:
         yield
-    except (HTTPError, OfflineModeIsEnabled, json.JSONDecodeError, RuntimeError) as error:
-        # The client wraps what happens in the upload of a large file.
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+    except (HTTPError, OfflineModeIsEnabled, json.JSONDecodeError, RuntimeError, LocalEntryNotFoundError) as error:
+        # The client wraps what happens in the upload of a large file, and in a download.
+        cause = error.__cause__ if isinstance(error, RuntimeError | LocalEntryNotFoundError) else error
         if cause is None:
             raise
         text = " ".join(f"{repo_id}: {doing} failed: {reason(cause)} {advice(cause, repo_id)}".split())

@@ -141,6 +141,8 @@ def load_processor(model: str | Path) -> PilBackend:
             f"`model`: the image processor of {str(model)!r} is a {type(processor).__name__}, which has no Pillow "
             "backend. Use a checkpoint with a processor of Transformers' own, for example ViTImageProcessor."
         )
+    # The code of somebody else: saved with it, it would be run by whoever trusts the code of ours.
+    vars(processor).pop("auto_map", None)
     return processor
 
 

@@ -6,7 +6,7 @@ Equation numbers are those of "MLP Can Be A Good Transformer Learner" (arXiv 240
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -25,6 +25,10 @@ from .conversion_nose_vit import check_loading, convert_vit
 from .states_nose_vit import BlockStates, sync_gains_after_loading
 from .stream_nose_vit import class_token_mask, last_attention, rescale_hidden_states, tail_changes_nothing
 
+
+if TYPE_CHECKING:
+    # For transformers, which copies what a file says it imports: a model saved again keeps its backbone's code.
+    from .backbone_nose_vit import NoseViTBackbone  # noqa: F401
 
 MASK_GAINS = {"skip": 1, "double": 2}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from .files import read_json
+from .card_text import CARD, own_card
+from .files import read_json, write_text
 from .records import RECORDS
+from .verbs import JSON_HELP, say_json, verb_parser
 
 
 if TYPE_CHECKING:
@@ -25,11 +26,10 @@ BRANCHES = {"hf": None, "stock-vit": "stock"}
 
 def push_parser() -> argparse.ArgumentParser:
     """What `hf-nose push` can be told."""
-    parser = argparse.ArgumentParser(
-        prog="hf-nose push",
-        allow_abbrev=False,
-        description="Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. "
-        "The token is that of `hf auth login` or HF_TOKEN.",
+    parser = verb_parser(
+        "push",
+        "Sends a checkpoint with its card to the Hub in one commit; repeat a push that failed. The token is that of "
+        "`hf auth login` or HF_TOKEN.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a checkpoint with a card")
     parser.add_argument("--repo_id", metavar="ID", help="OWNER/NAME, or NAME for your own; the run's name by default")
@@ -41,7 +41,7 @@ def push_parser() -> argparse.ArgumentParser:
     where.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     where.add_argument("--revision", metavar="BRANCH", help="branch of a variant, made where there is none")
     parser.add_argument("--dry_run", action="store_true", help="list the files and their sizes, send nothing")
-    parser.add_argument("--json", action="store_true", help="tell what was done as JSON")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser
 
 
@@ -61,7 +61,10 @@ def run_push(arguments: list[str]) -> None:
     else:
         done = push_run(run, form, **options)
         record, text = asdict(done), last_words(done)
-    sys.stdout.write((json.dumps(record) if as_json else text) + "\n")
+    if as_json:
+        say_json(record)
+    else:
+        sys.stdout.write(text + "\n")
 
 
 def push_run(run: Path, form: str = "hf", **options: Any) -> Push:
@@ -89,10 +92,35 @@ def exported(run: Path, form: str = "hf", is_kept: bool = True) -> Iterator[Path
     """
     The folder that a push of `run` sends: `run` itself where that is a checkpoint, else its export. One that is there
     is sent as it is, with whatever was written into its card; where there is none it is made, and kept or not.
+
+    Raises:
+        [`~hf_nose.hub.PushError`]: where an export was made around a card that somebody had written for an earlier
+            one, of another result of the run. The next push sends it.
     """
-    found = [folder for folder in (run, run / "export" / form) if (folder / "config.json").is_file()]
+    from .export_source import check_inside
+    from .hub import PushError
+
+    own = run / "export" / form
+    found = [folder for folder in (run, own) if (folder / "config.json").is_file()]
+    check_inside(iter(found), run)
+    if found:
+        yield found[0]
+        return
+    words = own_card(own)
+    if is_kept:
+        made = export(run, own, form)
+        if words is not None:
+            raise PushError(
+                f"Nothing was sent: {own / CARD} was written before the run was run again. See that it still says "
+                "the truth, or delete it, and push again."
+            )
+        yield made
+        return
     with TemporaryDirectory() as place:
-        yield found[0] if found else export(run, run / "export" / form if is_kept else Path(place) / form, form)
+        made = export(run, Path(place) / form, form)
+        if words is not None:
+            write_text(made / CARD, words)
+        yield made
 
 
 def export(run: Path, folder: Path, form: str) -> Path:
@@ -113,8 +141,11 @@ def base_model(run: Path) -> str | None:
 
 
 def default_name(run: Path) -> str:
-    """The repository's name: the run's, which is by default its recipe's; `ValueError` for what is no run."""
-    if not (run / "settings.yaml").is_file():
+    """
+    The repository's name: the folder's, of a run by default its recipe's, of a converted file the recipe's, too;
+    `ValueError` for any other folder.
+    """
+    if not any((run / name).is_file() for name in ("settings.yaml", "conversion.json")):
         raise ValueError(f"{run} is not the folder of a run, whose name could be the repository's: give --repo_id.")
     return run.resolve().name
 
@@ -130,4 +161,7 @@ def last_words(done: Push) -> str:
     where = "" if done.revision == "main" else f', revision="{done.revision}"'
     load = f'AutoModelForImageClassification.from_pretrained("{done.repo_id}"{where}, trust_remote_code=True)'
     what = f"{len(done.files)} files, {sum(done.files.values()):,} bytes" if done.is_new else "Nothing has changed"
-    return f"{what}: {done.pull_request or done.url}\nLoad it:\n{load}"
+    lines = [f"{what}: {done.pull_request or done.url}", "Load it:", load]
+    if done.is_card_kept:
+        lines.insert(1, "The card that somebody has written there stays; one with words of yours would replace it.")
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .arguments import training_arguments, training_words
+from .card_text import drop_exports
 from .configuration_nose_vit import NoseViTConfig
 from .context import Job, RunContext
 from .distillation import describe
@@ -29,14 +30,15 @@ from .stages import STAGE_FUNCTIONS
 
 # Everything a run may leave in its folder; nothing else is ever deleted.
 FILES = (*RECORDS.values(), "settings.yaml", "report.md")
-FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training", "export")
+EXPORTS = "export"
+FOLDERS = ("dense", "diluted", "dense_control", "model", "figures", "training", EXPORTS)
 # What stages leave beside their records.
 MADE_BY = {
     "prepare": ("dense",),
     "dilute": ("diluted", "dense_control"),
     "fold": ("model",),
     # An export holds what all stages made.
-    "report": ("report.md", "figures", "export"),
+    "report": ("report.md", "figures", EXPORTS),
 }
 # The stages that train, with the folders of their checkpoints.
 TRAININGS = {"prepare": ("dense",), "dilute": ("dilution", "dense_control"), "transfer": ("transfer",)}
@@ -156,7 +158,12 @@ def drop_results(run: RunContext, stages: Sequence[str]) -> None:
 def drop(run: Job, name: str) -> None:
     """Deletes a file or folder of the run, where it is there."""
     path = run.folder / name
-    if run.is_main:
+    if not run.is_main:
+        return
+    if name == EXPORTS and path.is_dir():
+        for card in drop_exports(path):
+            run.say(f"{card} was written by hand and is kept; the export around it is gone.")
+    else:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

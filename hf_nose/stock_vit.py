@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import ViTConfig, ViTForImageClassification
 
+from .card_text import CARD, LIBRARY, NOBODY, TAGS, marked, repository_name
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import base_names
-from .export import Card, exported, front_matter, known_id, save_checkpoint, state_of_layers
+from .export import Card, exported, known_id, save_checkpoint
 from .export_onnx import TOLERANCE, noise_images
 from .export_source import open_source
 from .files import write_text
+from .inspection import words
 from .modeling_nose_vit import NoseViTForImageClassification
 from .records import Records
 
@@ -93,21 +97,28 @@ def export_stock_vit(
         model = opened.load()
         save_checkpoint(opened, to_stock_vit(model), folder)
         base = known_id(base_model_id, opened.records, "model", "base_model_id")
-        write_text(folder / "README.md", (card or stock_card)(folder, model.config, opened.records, base))
+        card = card or partial(stock_card, name=opened.name)
+        write_text(folder / CARD, marked(card(folder, model.config, opened.records, base)))
     return Path(output_dir)
 
 
-def stock_card(folder: Path, config: NoseViTConfig, records: Records, base_model_id: str | None) -> str:
+def stock_card(
+    folder: Path, config: NoseViTConfig, records: Records, base_model_id: str | None, name: str = "nose-vit"
+) -> str:
     """A card that says what this form costs."""
+    data = ModelCardData(
+        library_name=LIBRARY, pipeline_tag="image-classification", tags=list(TAGS), base_model=base_model_id
+    )
+    repo = f"{NOBODY}/{repository_name(name)}"
     parts = [
-        front_matter(["hf_nose"], base_model_id),
+        f"---\n{data.to_yaml()}\n---",
         "# Vision Transformer compressed by hf_nose, as a plain ViT",
-        state_of_layers(config),
+        f"Of {config.num_hidden_layers} attention layers, removed: {words(config.removed_attention_layers)}.",
         "This form loads with nothing but transformers. **It saves nothing**: where attention was removed there is "
         "one again, with an output projection of zero, which costs parameters, memory and time like any other. The "
         "compressed checkpoint is the ordinary form.",
         "```python\nfrom transformers import AutoModelForImageClassification\n\n"
-        'model = AutoModelForImageClassification.from_pretrained(".")\n```',
+        f'model = AutoModelForImageClassification.from_pretrained("{repo}")\n```',
         "`AutoModel.from_pretrained` gives a `ViTModel`, which has a pooler that this checkpoint lacks: transformers "
         "reports it missing and draws it at random. Use `last_hidden_state`, not `pooler_output`.",
     ]

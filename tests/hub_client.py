@@ -71,6 +71,11 @@ with torch.no_grad():
         same(processor(picture, return_tensors="pt").pixel_values, "processed")
         assert pipeline("image-classification", repo_id, **trust)(str(folder / "picture.png")) == answers[kind]
 
+        if mode == "remote":
+            # From here the backbone's code came along although only the classifier was asked for.
+            model.save_pretrained(folder / "again" / kind)
+            assert (folder / "again" / kind / "backbone_nose_vit.py").is_file()
+
         backbone = AutoBackbone.from_pretrained(repo_id, out_indices=[1, 4], **trust).eval()
         for number, feature_map in enumerate(backbone(pixels).feature_maps):
             same(feature_map, f"{kind}.map{number}")

@@ -74,6 +74,27 @@ def check_loading(folder, wanted):
             assert torch.equal(model(images).logits, wanted["logits_at_zero"])
 
 
+def check_saving_again(folder, out, wanted):
+    """What was loaded by remote code and saved loads as everything that its configuration names."""
+    for auto in (AutoModel, AutoModelForImageClassification):
+        again = out / auto.__name__
+        auto.from_pretrained(folder, **OPTIONS).save_pretrained(again)
+        code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+        assert {path.name: path.read_bytes() for path in again.glob("*.py")} == code
+        auto_map = json.loads((again / "config.json").read_text())["auto_map"]
+        assert auto_map == json.loads((folder / "config.json").read_text())["auto_map"]
+        bare = AutoModel.from_pretrained(again, **OPTIONS)
+        backbone_class = get_class_from_dynamic_module(auto_map["AutoBackbone"], str(again))
+        # As AutoBackbone does.
+        backbone_class.register_for_auto_class("AutoBackbone")
+        backbone = backbone_class.from_pretrained(again)
+        with torch.no_grad():
+            assert torch.equal(bare(wanted["images"]).last_hidden_state, wanted["tokens"])
+            assert torch.equal(backbone(wanted["images"]).feature_maps[-1], wanted["map"])
+        backbone.save_pretrained(out / "backbone")
+        assert {path.name for path in (out / "backbone").glob("*.py")} == set(code)
+
+
 class Pictures(torch.utils.data.Dataset):
     """What a data set with the stock example's transform gives."""
 
@@ -167,6 +188,8 @@ def main():
     for kind in ("dense", "half-diluted", "folded"):
         check_loading(ROOT / kind, load_file(ROOT / f"{kind}.safetensors"))
     if HOW == "remote":
+        for kind in ("half-diluted", "folded"):
+            check_saving_again(ROOT / kind, ROOT / f"{kind}-again", load_file(ROOT / f"{kind}.safetensors"))
         check_fine_tuning(ROOT / "folded", ROOT / "trained")
     print(json.dumps({"remote": any(name.startswith("transformers_modules.") for name in sys.modules)}))
 

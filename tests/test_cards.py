@@ -23,7 +23,9 @@ from hf_nose.card_records import card_record, export_card, recipe_record, run_re
 from hf_nose.cards import render_card
 from hf_nose.command_line import read_recipe, recipe_path
 from hf_nose.configuration_nose_vit import NoseViTConfig
+from hf_nose.export import export_folder
 from hf_nose.files import read_json, write_json
+from hf_nose.images import digits_processor
 from hf_nose.published import BASES, checkpoint_name, published_figures, rows
 from hf_nose.records import read_records
 from hf_nose.surgery import fold
@@ -301,6 +303,21 @@ def test_an_export_s_card(run):
     assert "**Origin not told.**" in card.text and "a model this card was not told of" in card.text
     assert card.data.license == "mit" and card.data.base_model is None and card.data.eval_results is None
     assert "Trained with" not in card.text and "# mine" in card.text
+
+
+def test_an_exported_card_is_true(run, tmp_path):
+    """As it is in the folder: it parses, its figures are there, and its numbers are the run's."""
+    digits_processor().save_pretrained(run / "model")
+    out = export_folder(run, tmp_path / "out", base_model_id="facebook/deit-tiny-patch16-224")
+    text = (out / "README.md").read_text()
+    name, results = model_index_to_eval_results(yaml.safe_load(text.split("---\n")[1])["model-index"])
+    assert name == "deit-x" and [result.metric_value for result in results] == [0.9579, 0.9956]
+    figures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert figures == ["figures/trajectory.png"] and (out / figures[0]).is_file()
+    record = run_record(run) | {"base_model": "facebook/deit-tiny-patch16-224"}
+    assert set(NUMBER.findall(body(text))) <= explained(record)
+    assert not set(NUMBER.findall(body(text.replace("95.8", "98.8")))) <= explained(record)
+    assert "hf-nose transfer --model YOUR_NAME/deit-x " in text and text.count('"YOUR_NAME/deit-x"') == 4
 
 
 def test_a_half_diluted_export_s_card_reads_m_from_the_weights(tmp_path):

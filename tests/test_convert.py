@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,16 @@ from huggingface_hub import ModelCard
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessorPil
 
+from hf_nose.card_text import is_own
 from hf_nose.cli import BAD_INPUT, OK, main
+from hf_nose.command_line import recipe_path
 from hf_nose.convert import ascending, convert_checkpoint, named
+from hf_nose.export import export_folder
 from hf_nose.inspection import inspect_checkpoint
 from hf_nose.manifests import sha256
 
 
+ROOT = Path(__file__).resolve().parents[1]
 HIDDEN, HEADS, BLOCKS, PATCH, SIDE, CLASSES = 192, 3, 12, 16, 3, 4
 LABELS = {0: "tench", 1: "goldfish", 2: "`shark` {{ 7 * 7 }}", 3: "tench"}
 REMOVED = [0, 2, 4]
@@ -171,10 +176,57 @@ def test_the_verb_takes_layers_and_the_default_name(base, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     file = released(tmp_path, STATE, "tiny_best.pth")
     assert main(["convert", str(file), "--layers", "4,0,2", "--base_model", base]) == OK
-    assert capsys.readouterr().out == "Written: deit-t-nose25\n"
+    assert capsys.readouterr().out == "Written to deit-t-nose25\n"
     assert inspect_checkpoint("deit-t-nose25")["layers"]["folded"] == REMOVED
     assert main(["convert", str(file), "--layers", "4,0,2", "--base_model", base]) == BAD_INPUT
     assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "stem, hidden, name",
+    [
+        ("base_01346", 768, "deit-b-nose40"),
+        ("base_013469", 768, "deit-b-nose50"),
+        ("small_024", 384, "deit-s-nose25"),
+        ("small_0246", 384, "deit-s-nose30"),
+        ("tiny_024", 192, "deit-t-nose25"),
+    ],
+)
+def test_a_released_file_and_the_string_that_everything_shares(stem, hidden, name, tmp_path, monkeypatch, capsys):
+    """Folder, card, recipe and repository are called alike; the sizes are the real ones but for the MLP's."""
+    monkeypatch.chdir(tmp_path)
+    # In the place of the Hub's, which is taken where no --base_model is given.
+    size = {768: "base", 384: "small", 192: "tiny"}[hidden]
+    base = tmp_path / "facebook" / f"deit-{size}-patch16-224"
+    ViTConfig(num_labels=CLASSES).save_pretrained(base)
+    ViTImageProcessorPil(size={"height": 48, "width": 48}).save_pretrained(base)
+    # One number a tensor, seen as many.
+    sizes = {HIDDEN: hidden, 3 * HIDDEN: 3 * hidden, 4 * HIDDEN: 8}
+    state = {
+        key: torch.tensor(0.01).expand([sizes.get(length, length) for length in tensor.shape])
+        for key, tensor in STATE.items()
+    }
+    file = released(tmp_path, {"model": state}, f"{stem}.pth")
+    assert main(["convert", str(file), "--json"]) == OK
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["output_dir"] == name and {"README.md", "model.safetensors", "conversion.json"} <= set(said["files"])
+    assert "modeling_nose_vit.py" in said["files"]
+    assert said["files"] == {path.name: path.stat().st_size for path in (tmp_path / name).iterdir()}
+    record = inspect_checkpoint(name)
+    assert record["layers"]["removed"] == record["layers"]["folded"] == named(stem)[1]
+    assert record["hidden_size"] == hidden and record["num_attention_heads"] == hidden // 64
+    card = (tmp_path / name / "README.md").read_text()
+    assert f"\n# {name}\n" in card and f'"YOUR_NAME/{name}"' in card and not is_own(card)
+    assert (ROOT / "model_cards" / f"{name}.md").is_file() and recipe_path(name).is_file()
+    assert main(["push", name, "--dry_run", "--json"]) == OK
+    assert json.loads(capsys.readouterr().out)["repo_id"] == name
+
+
+def test_an_export_of_what_was_converted_says_who_trained_it(converted, tmp_path):
+    _, folder = converted
+    out = export_folder(folder, tmp_path / "out")
+    assert (out / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    assert (out / "modeling_nose_vit.py").is_file()
 
 
 class Attack:

@@ -13,14 +13,18 @@ import torch
 import yaml
 from exported import KINDS, LAYERS, change_json, checkpoint, made, made_run, save
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from reference_vit import nose, stock_vit
 from safetensors.torch import load_file, save_file
 from tiny_run import files
+from transformers import ViTModel
 
 import hf_nose
-from hf_nose import export_source
+from hf_nose import NoseViTBackbone, export_source
+from hf_nose.card_text import is_own, marked
 from hf_nose.export import export_folder
 from hf_nose.privacy import check_publishable
 from hf_nose.remote_code import auto_map, travelling_files
+from hf_nose.stock_vit import export_stock_vit
 
 
 PACKAGE = Path(hf_nose.__file__).parent
@@ -103,7 +107,11 @@ def test_the_auto_map_names_classes_that_are_there(out):
 def test_the_card_is_read_by_the_hubs_own_parser(out):
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == "facebook/deit-x" and card.data.pipeline_tag == "image-classification"
-    assert "figures/trajectory.png" in card.text and "removed: 1, 3, 4" in card.text
+    assert card.data.tags[:2] == ["nose_vit", "hf_nose"] and card.data.eval_results[0].metric_value == 0.9579
+    assert "![trajectory](figures/trajectory.png)" in card.text and "(blocks 1, 3, 4, counted from 0)" in card.text
+    # Called as the run, with room for the name of whoever will push it.
+    assert "# run\n" in card.text and 'from_pretrained("YOUR_NAME/run", trust_remote_code=True)' in card.text
+    assert not is_own((out / "README.md").read_text())
 
 
 def test_a_card_function_sees_the_finished_folder_and_the_records(tmp_path):
@@ -115,7 +123,7 @@ def test_a_card_function_sees_the_finished_folder_and_the_records(tmp_path):
 
     source = made_run(tmp_path / "run", model={"base_model_id": "facebook/deit-known"})
     export_folder(source, tmp_path / "out", card=card)
-    assert (tmp_path / "out" / "README.md").read_text() == "---\n---\n# Mine\n"
+    assert (tmp_path / "out" / "README.md").read_text() == marked("---\n---\n# Mine\n")
     assert seen["files"] == set(files(tmp_path / "out")) - {"README.md"}
     assert seen["config"].removed_attention_layers == LAYERS and seen["base"] == "facebook/deit-known"
     assert seen["records"] == {"prepare", "profile", "selection", "dilution", "fold", "metrics"}
@@ -149,14 +157,68 @@ def test_ids_are_hub_ids(name, tmp_path):
 def test_an_export_can_be_exported_again(out, tmp_path):
     again = export_folder(out, tmp_path / "again", base_model_id="facebook/deit-x")
     one, two = files(out), files(again)
-    assert one.keys() == two.keys()
-    # Only the card, which then knows no run.
-    assert [name for name in one if one[name] != two[name]] == ["README.md"]
+    assert one == two, "the card too: it knows of the run, of which nothing else is left"
+
+
+def test_a_checkpoints_own_words_are_carried_over(tmp_path):
+    source = checkpoint(tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\nThe authors trained it.\n")
+    export_folder(source, tmp_path / "out", base_model_id="facebook/deit-x")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.endswith("---\nThe authors trained it.\n")
+    assert (ModelCard(text).data.license, ModelCard(text).data.base_model) == ("mit", "facebook/deit-x")
+
+
+def test_the_card_of_another_model_is_not(tmp_path):
+    source = save(stock_vit(), tmp_path / "source")
+    (source / "README.md").write_text("Load it as a ViT.\n")
+    export_folder(source, tmp_path / "out")
+    assert "**Origin not told.**" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["my run", "a..b", "-x-", "café (2)", "..."])
+def test_folders_of_any_name_have_a_card(name, tmp_path):
+    out = export_folder(checkpoint(tmp_path / name), tmp_path / "out")
+    (title,) = re.findall("^# (.*)$", (out / "README.md").read_text(), flags=re.M)
+    assert re.fullmatch(r"[\w-]+(\.[\w-]+)*", title, flags=re.ASCII)
+
+
+@pytest.mark.parametrize("form", [export_folder, export_stock_vit])
+def test_a_card_that_somebody_has_changed_stays(form, tmp_path, caplog):
+    source, out = made_run(tmp_path / "run"), tmp_path / "out"
+    nose([1, 3]).save_pretrained(source / "model")
+    form(source, out)
+    form(source, out, overwrite=True)
+    assert caplog.text == ""
+    own = (out / "README.md").read_text() + "\nOne more line.\n"
+    (out / "README.md").write_text(own)
+    for _ in range(2):
+        form(source, out, overwrite=True, card=lambda *_: "# Other\n")
+        assert (out / "README.md").read_text() == own
+    assert "is somebody's own words and stays" in caplog.text
+    for path in out.rglob("*"):
+        if path.is_file() and path.name != "README.md":
+            path.unlink()
+    (out / "figures").rmdir() if (out / "figures").is_dir() else None
+    form(source, out)
+    assert (out / "README.md").read_text() == own and (out / "config.json").is_file()
+    (out / "README.md").write_text("See /home/someone/notes\n")
+    with pytest.raises(ValueError, match="README.md would hold an absolute path"):
+        form(source, out, overwrite=True)
+    assert (out / "README.md").read_text() == "See /home/someone/notes\n"
+
+
+def test_a_card_that_is_a_link_is_nobodys_words(tmp_path):
+    (tmp_path / "secret").write_text("a secret of this machine")
+    out = export_folder(checkpoint(tmp_path / "source"), tmp_path / "out")
+    (out / "README.md").unlink()
+    (out / "README.md").symlink_to("../secret")
+    export_folder(tmp_path / "source", out, overwrite=True)
+    assert "secret" not in (out / "README.md").read_text() and not (out / "README.md").is_symlink()
+    assert (tmp_path / "secret").read_text() == "a secret of this machine"
 
 
 def test_a_stock_vit_becomes_a_dense_nose_vit(tmp_path):
-    from reference_vit import stock_vit
-
     source = save(stock_vit(), tmp_path / "source")
     export_folder(source, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -245,17 +307,34 @@ def test_pickles_adapters_and_what_is_no_model(tmp_path, nothing_is_loaded):
             export_folder(name, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["NoseViTModel", "ViTModel", "NoseViTBackbone"])
+def test_a_checkpoint_without_a_classifier_is_refused(kind, tmp_path, nothing_is_loaded):
+    """Rather than given a head of random numbers."""
+    if kind == "NoseViTBackbone":
+        model = NoseViTBackbone.from_pretrained(checkpoint(tmp_path / "classifier"))
+    else:
+        model = nose([1]).vit if kind == "NoseViTModel" else ViTModel(stock_vit().config)
+    source = save(model, tmp_path / "source")
+    for form in (export_folder, export_stock_vit):
+        with pytest.raises(ValueError, match=f"holds a {kind}, which has no classifier: .*or train a head"):
+            form(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Nothing from outside
 
 
 @pytest.mark.parametrize(
     "name",
     ["model", "model/model.safetensors", "model/config.json", "model/preprocessor_config.json"]
+    + ["export", "export/hf", "export/hf/README.md"]
     + ["selection.json", "metrics.json", "figures", "figures/trajectory.png", "model/new/deep.json"],
 )
 def test_links_that_lead_out_of_a_run_are_refused(name, tmp_path, nothing_is_loaded):
     source = made_run(tmp_path / "run")
     inside, outside = source / name, tmp_path / "outside"
+    (source / "export" / "hf").mkdir(parents=True)
+    (source / "export" / "hf" / "README.md").write_text("Mine.\n")
     if name == "model/new/deep.json":
         inside.parent.mkdir()
         outside.write_text("{}")
@@ -361,5 +440,5 @@ def test_an_earlier_export_is_replaced_only_by_a_whole_one(tmp_path):
         export_folder(source, out, overwrite=True, card=broken)
     assert files(out) == before
     export_folder(source, out, overwrite=True, card=lambda *_: "# Other\n")
-    assert (out / "README.md").read_text() == "# Other\n"
+    assert (out / "README.md").read_text() == marked("# Other\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]

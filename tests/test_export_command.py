@@ -78,12 +78,20 @@ def test_all_formats_of_a_run(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_is_run_again_drops_the_export(tmp_path_factory, tmp_path):
+def test_what_is_run_again_drops_the_export(tmp_path_factory, tmp_path, capsys):
     run = shutil.copytree(finished_run(tmp_path_factory), tmp_path / "run")
     assert main(["export", str(run)]) == OK and (run / "export" / "hf" / "config.json").is_file()
     assert main(["fold", str(run)]) == OK
     assert not (run / "export").exists()
     assert main(["export", str(run)]) == OK
+    card = run / "export" / "hf" / "README.md"
+    own = card.read_text() + "\nMy own words.\n"
+    card.write_text(own)
+    for again in (["fold", str(run)], ["run", *flags(run, "--overwrite", stages="prepare")]):
+        assert main(again) == OK
+        assert files(run / "export") == {"hf/README.md": own.encode()}
+        assert f"{card} was written by hand and is kept" in "".join(capsys.readouterr())
+    card.unlink()
     assert main(["run", *flags(run, "--overwrite", stages="prepare")]) == OK
     assert not (run / "export").exists()
 

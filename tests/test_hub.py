@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 
+import psutil
 import pytest
 from hub_driver import HubDriver
 from hub_stand_in import READER, WRITER, HubStandIn
@@ -10,7 +12,9 @@ from huggingface_hub import ModelCard
 from pushable import contents, exported, tiny_nose_vit
 from tiny_run import finished_run
 
-from hf_nose.cli import BAD_INPUT, FAILED, OK
+from hf_nose.card_text import is_own, marked
+from hf_nose.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, TERMINATED
+from hf_nose.export import export_folder
 from hf_nose.files import write_json
 
 
@@ -122,6 +126,64 @@ def test_a_card_that_names_no_base_model_gets_the_runs(hub, driver, folder, tmp_
     assert driver.verb("push", tmp_path / "run", "--repo_id", "you/vit").code == OK
     card = ModelCard(hub.repository("you/vit").files()["README.md"].decode())
     assert card.data.base_model == "facebook/deit-small-patch16-224" and card.text.strip() == "# Mine"
+
+
+@pytest.fixture(scope="module")
+def rendered(folder, tmp_path_factory):
+    """The same with a card that nobody has changed; only read."""
+    return export_folder(folder.with_name("vit-source"), tmp_path_factory.mktemp("rendered") / "vit")
+
+
+def test_the_code_of_a_card_loads_what_was_pushed(hub, driver, rendered):
+    """Also by a token's owner that nobody named, and on a branch; in the folder the place stays open."""
+    for words in ([], ["--revision", "half"]):
+        assert driver.verb("push", rendered, "--repo_id", "named", *words).code == OK
+    for revision, more in (("main", ""), ("half", ', revision="half"')):
+        card = hub.repository("you/named").files(revision)["README.md"].decode()
+        assert f'from_pretrained("you/named"{more}, trust_remote_code=True)' in card and "YOUR_NAME" not in card
+        assert "hf-nose transfer --model you/named " in card and not is_own(card)
+        # That of the plain ViT is its own.
+        assert card.count(', revision="stock")') == 1
+    assert "YOUR_NAME/vit" in (rendered / "README.md").read_text()
+
+
+def test_words_written_on_the_hub_are_not_replaced_by_a_template(hub, driver, rendered, push):
+    assert driver.verb("push", rendered, "--repo_id", "you/vit").code == OK
+    repository = hub.repository("you/vit")
+    theirs = repository.files()["README.md"] + b"Changed on the page.\n"
+    changed = repository.files() | {"README.md": theirs}
+    repository.refs["main"] = repository.add("by hand", repository.at().sha, changed).sha
+    done = driver.verb("push", rendered, "--repo_id", "you/vit")
+    assert done.code == OK and "written there stays" in done.out and "Nothing has changed" in done.out
+    assert repository.files()["README.md"] == theirs
+    done = push("--json")
+    assert not json.loads(done.out)["is_card_kept"], "words of one's own are no template"
+    assert repository.files()["README.md"].endswith(b"{% raw %}.\n")
+
+
+@pytest.mark.parametrize("theirs", ["rendered", "---\nlicense: mit\n---\n"])
+def test_a_card_in_which_nobody_has_written_is_replaced(theirs, hub, driver, rendered):
+    repository = hub.create("you/vit")
+    card = marked("# Of an earlier push\n") if theirs == "rendered" else theirs
+    repository.refs["main"] = repository.add("by hand", repository.at().sha, {"README.md": card.encode()}).sha
+    assert driver.verb("push", rendered, "--repo_id", "you/vit").code == OK
+    assert b"Origin not told" in repository.files()["README.md"]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_card_that_cannot_be_read_stops_a_push(status, hub, driver, rendered):
+    # Not in the client's cache by an earlier test.
+    name = f"you/unread-{status}"
+    assert driver.verb("push", rendered, "--repo_id", name).code == OK
+    repository = hub.repository(name)
+    repository.refs["main"] = repository.add("by hand", repository.at().sha, {"README.md": b"Mine."}).sha
+    fault = hub.fail(f" /{name}/resolve/", status)
+    done = driver.verb("push", rendered, "--repo_id", name)
+    assert f"{name}: reading its card failed: {status}" in failure(done)
+    assert repository.files()["README.md"] == b"Mine."
+    fault.times = 0
+    assert driver.verb("push", rendered, "--repo_id", name).code == OK
+    assert repository.files()["README.md"] == b"Mine."
 
 
 def test_a_second_push_of_the_same_sends_and_commits_nothing(hub, push):
@@ -293,6 +355,26 @@ def test_what_fails_once_is_tried_again_by_the_client(call, hub, push, folder):
 def test_a_connection_cut_in_the_middle_of_an_upload_is_mended(hub, push, folder):
     hub.fail("PUT /lfs/upload", cut=5000, times=1)
     assert push().code == OK and is_whole(hub, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("call", ["POST /api/repos/create", "PUT /lfs/upload", "POST .*/commit/"])
+def test_a_push_that_is_stopped_is_repeated(call, number, hub, push, driver, folder):
+    """By Ctrl-C, by a scheduler, by the machine: before the request is answered."""
+
+    def stop():
+        (child,) = psutil.Process(driver.process.pid).children()
+        child.send_signal(number)
+        if number == signal.SIGKILL:
+            psutil.wait_procs([child], 10)
+
+    hub.fail(call, times=1, meanwhile=stop)
+    done = push()
+    assert done.code == {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGKILL: -9}[number]
+    assert "Traceback" not in done.err and "--resume" not in done.err
+    assert number == signal.SIGKILL or "what has arrived is not sent twice: push again" in done.err
+    assert push().code == OK
+    assert is_whole(hub, folder) and len(hub.repository("you/vit").titles()) == 2
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from huggingface_hub import ModelCard
 from pushable import CARD, contents, exported, tiny_nose_vit
 from safetensors.torch import load_file, save_file
 
+from hf_nose.card_text import CARD as README
+from hf_nose.card_text import TAGS, completed_card, drop_exports
 from hf_nose.cli import BAD_INPUT, FAILED, OK, main
 from hf_nose.command_line import parse_settings
 from hf_nose.files import write_json
-from hf_nose.hub import TAGS, PushError, check_token, completed_card, holds, listed_files
+from hf_nose.hub import PushError, check_token, holds, listed_files
 from hf_nose.images import digits_processor
 from hf_nose.push import base_model, push_finished
 from hf_nose.push import exported as exported_folder
@@ -103,6 +105,28 @@ def test_an_export_is_made_once_and_then_sent_as_it_is(run, folder):
         assert checkpoint == folder
 
 
+def test_a_push_around_words_of_an_earlier_result_waits_for_a_look(run, capsys):
+    """A run that was run again leaves the card that somebody has changed, and nothing else of its export."""
+    with exported_folder(run) as made:
+        card = (made / README).read_text().replace("## Limits", "## Mine\n\nAs I see it.\n\n## Limits")
+        (made / README).write_text(card)
+    assert drop_exports(run / "export") == [made / README]
+    assert [path for path in (run / "export").rglob("*") if path.is_file()] == [made / README]
+    assert main(["push", str(run), "--dry_run", "--json"]) == OK
+    said = json.loads(capsys.readouterr().out)
+    assert said["files"][README] == len(card.encode()) and "modeling_nose_vit.py" in said["files"]
+    with pytest.raises(PushError, match="was written before the run was run again"), exported_folder(run):
+        raise AssertionError("sent")
+    with exported_folder(run) as again:
+        assert again == made and (made / README).read_text() == card and (made / "config.json").is_file()
+
+
+def test_an_export_that_a_link_leads_out_to_is_not_pushed(run, folder, capsys):
+    (run / "export").mkdir()
+    (run / "export" / "hf").symlink_to(folder)
+    assert "is a link out of" in refused(capsys, run, "--dry_run")
+
+
 def test_what_is_no_run_gets_no_name(folder, capsys):
     assert "give --repo_id" in refused(capsys, folder)
 
@@ -175,6 +199,15 @@ def test_a_part_that_is_missing(name, words, folder, capsys):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="holds no config.json: `hf-nose export`"):
         listed_files(tmp_path)
+
+
+def test_a_folder_without_the_code_that_loads_it(folder, capsys):
+    (folder / "backbone_nose_vit.py").unlink()
+    assert "no code to load it by (backbone_nose_vit.py)" in refused(capsys, folder, "--repo_id", "you/vit")
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "no auto_map in config.json): `hf-nose export`" in refused(capsys, folder, "--repo_id", "you/vit")
 
 
 def test_links_lead_out(folder, tmp_path, capsys):

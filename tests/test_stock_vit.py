@@ -99,6 +99,7 @@ def test_the_folder_loads_with_no_flag_and_no_code(tmp_path):
     card = ModelCard.load(out / "README.md")
     assert card.data.base_model == "facebook/deit-x"
     assert "saves nothing" in card.text and "pooler" in card.text and "removed: 1, 3, 4" in card.text
+    assert 'from_pretrained("YOUR_NAME/run")' in card.text
 
 
 def test_nothing_is_written_where_the_model_cannot_be_one(tmp_path):
