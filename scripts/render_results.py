@@ -143,7 +143,7 @@ def file_tree(root: Path) -> str:
     """Every file with one line on what it is: the first of its documentation where it has some."""
     lines = ["```"]
     folders = (
-        ("hf_nose", "*.py"),
+        ("hf_nose", "**/*.py"),
         ("hf_nose/recipes", "*.yaml"),
         ("scripts", "*.py"),
         ("scripts/accelerate", "*.yaml"),
