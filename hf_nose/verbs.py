@@ -72,7 +72,7 @@ VERBS = {
         "With --output_dir what was measured is kept, and the same line goes on from there.",
     ),
     "export": Verb(
-        "a checkpoint as a folder that loads anywhere, as ONNX, or as a plain ViT",
+        "a checkpoint as a folder that loads anywhere, ONNX, a plain ViT, or a page in the browser",
         "Writes one folder, whole or not at all: --output_dir, else RUN/export/FORMAT or ./NAME-FORMAT.",
         "Nothing was written, and an earlier export is as it was: start it again.",
     ),
