@@ -39,8 +39,8 @@ PRESETS: dict[str, list[dict[str, Any]]] = {
     "speed": [{**BASE, "batch_sizes": ["16"]}],
     # Budgets that hold a little more than 64 stock images: every guess of the search is a whole forward.
     "memory": [
-        {**BASE, **CHUNKS, "removed": ["40%"], "rounds": 0, "memory_budget": "832MiB"},
-        {**BASE, **CHUNKS, "removed": ["40%"], "rounds": 0, "memory_budget": "480MiB", "dtypes": ["bfloat16"]},
+        {**BASE, **CHUNKS, "removed": ["40%"], "rounds": 0, "memory_budget": "928MiB"},
+        {**BASE, **CHUNKS, "removed": ["40%"], "rounds": 0, "memory_budget": "544MiB", "dtypes": ["bfloat16"]},
     ],
     "chunking": [{"models": ["deit-base"], **CHUNKS, "batch_sizes": ["16"], "rounds": 21}],
     "fusing": [{**BASE, "fuse_qkv": True, "batch_sizes": ["1", "16"], "rounds": 21}],
