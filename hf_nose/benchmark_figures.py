@@ -39,14 +39,16 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def draw_pareto(record: dict[str, Any], path: Path) -> bool:
     """
-    Draw images per second against latency, a panel a shape, data type and attention, a line a model over its batch
-    sizes, the points that no other beats in a ring; beside it, for a shape that the paper has, images per second at
-    the largest batch against the paper's accuracy. Returns whether there was anything to draw.
+    Draw images per second against latency, a panel for what was measured side by side in one shape, data type and
+    attention, a line a model over its batch sizes, the points that no other beats in a ring; beside it, for a shape
+    that the paper has, images per second at the largest batch against the paper's accuracy. Returns whether there was
+    anything to draw.
     """
-    panels: dict[tuple[str, str, str, bool], list[dict[str, Any]]] = {}
+    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for group in record["groups"]:
         if "images_per_s" in group["models"][0]:
-            key = (group["shape"], group["dtype"], group["attention"], group["torch_compile"])
+            names = tuple(model["name"] for model in group["models"])
+            key = (group["shape"], group["dtype"], group["attention"], group["torch_compile"], names)
             panels.setdefault(key, []).append(group)
     if not panels:
         path.unlink(missing_ok=True)
@@ -55,7 +57,7 @@ def draw_pareto(record: dict[str, Any], path: Path) -> bool:
         figure = Figure(figsize=(11, 0.6 + 4.2 * len(panels)), layout="constrained")
         grid = figure.subplots(len(panels), 2, squeeze=False)
         for (left, right), (key, groups) in zip(grid, panels.items(), strict=True):
-            shape, dtype, attention, is_compiled = key
+            shape, dtype, attention, is_compiled, _ = key
             ordered = sorted(groups, key=lambda group: group["batch_size"])
             _latency_panel(left, ordered)
             left.set_title(f"{shape}, {dtype}, {attention}{', compiled' if is_compiled else ''}")

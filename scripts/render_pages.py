@@ -55,13 +55,14 @@ def search_cost(record: Record) -> list[str]:
         ]
         for name, each in record["searches"].items()
     ]
+    rounds = len(record["searches"]["naive"]["seconds"])
     closest = min(record["searches"]["naive"]["runner_up_distances"])
     header = ["search", f"{record['clock']}, naive is 1", "block forwards", "layers", "difference in TE, nats"]
     return [
         "## What the search costs",
-        f"Against the naive search through the stock forward, median of {len(record['searches']['naive']['seconds'])} "
-        f"rounds in turn; {record['num_images']} images, batches of {record['batch_size']}. The closest runner-up is "
-        f"{closest:.1g} nats behind. Racing scores candidates that drop out early on fewer images.",
+        f"Against the naive search through the stock forward, rounds in turn: {rounds}, of which the median; "
+        f"{record['num_images']} images, batches of {record['batch_size']}. The closest runner-up is "
+        f"{closest:.2g} nats behind. Racing scores candidates that drop out early on fewer images.",
         "\n".join(markdown_table(header, rows)),
     ]
 

@@ -44,6 +44,17 @@ def test_a_picture_with_a_row_a_setting(tmp_path):
     assert heights[1] > 2.5 * heights[0]
 
 
+def test_models_that_did_not_run_side_by_side_share_no_panel(tmp_path):
+    path, other = tmp_path / "speed.png", group(1)
+    del other["models"][-1]
+    heights = []
+    for groups in ([group(1), group(8)], [group(1), other]):
+        assert draw_pareto(record(groups), path)
+        with Image.open(path) as picture:
+            heights.append(picture.height)
+    assert heights[1] > 1.5 * heights[0]
+
+
 def test_nothing_to_draw(tmp_path):
     path = tmp_path / "speed.png"
     path.write_bytes(b"old")
