@@ -17,6 +17,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # isort: on
 
+import signal  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -24,6 +25,8 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 
+# A shell without job control starts what runs in its background, and all children of that, deaf to Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # The same examples in every run: a suite that is green today is green tomorrow.
 settings.register_profile("hf_nose", deadline=None, derandomize=True, max_examples=25)

@@ -151,7 +151,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if fault is not None and fault.cut is not None:
                 return self.cut(fault.cut)
-            self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            self.body = self.rfile.read(length)
+            if len(self.body) < length:
+                raise ConnectionResetError("a client that was killed while it sent")
             self.respond(call, fault)
         except (BrokenPipeError, ConnectionResetError):
             # A client that has given up.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hf_nose.contenders import Contender
 from hf_nose.memory import check_budget, images_in_budget, parse_bytes, probe
-from hf_nose.memory_probe import largest_batch, measured, peak_bytes, reset_peak, resident_bytes
+from hf_nose.memory_probe import largest_batch, peak_bytes, reset_peak, resident_bytes
 
 
 CPU = torch.device("cpu")
@@ -96,9 +96,8 @@ def test_the_peak_is_of_this_process_and_since_the_reset():
 
 
 def in_a_forward(contender, images):
-    """Megabytes beyond the weights at the peak of a forward, in this process."""
-    request = {"device": "cpu", "dtype": "float32", "attention": "sdpa", "threads": torch.get_num_threads()}
-    found = measured(contender.to_dict(), batch_size=images, budget=None, **request)
+    """Megabytes beyond the weights at the peak of a forward, in a process that has held nothing else."""
+    found = probe(contender, images, CPU, "float32", "sdpa", 1)
     assert found["allocated_bytes"] is found["reserved_bytes"] is None
     return (found["peak_bytes"] - contender.weights_bytes(torch.float32)) / MIB
 
