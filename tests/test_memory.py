@@ -108,8 +108,10 @@ def test_a_forward_holds_its_input_its_tokens_and_in_slices_far_fewer():
     image = 3 * 224**2 * 4 / MIB
     whole, sliced = in_a_forward(DENSE, 48), in_a_forward(CHUNKED, 48)
     # The MLP alone: what goes in and stays, the normed, and four times that before and behind the activation.
-    assert 48 * (image + 10 * tokens) < whole < 48 * (image + 20 * tokens)
-    assert 48 * (image + 2 * tokens) < sliced < 48 * (image + 6 * tokens)
+    # And a few megabytes whatever the batch: kernels that load when they are first used, pages that are huge.
+    spare = 16
+    assert 48 * (image + 10 * tokens) < whole < 48 * (image + 20 * tokens) + spare
+    assert 48 * (image + 2 * tokens) < sliced < 48 * (image + 6 * tokens) + spare
     assert whole > 1.8 * sliced
 
 
