@@ -17,7 +17,8 @@ from .devices import choose_device
 from .files import read_json, stamped, write_json
 from .memory import check_budget, images_in_budget, parse_bytes, probe
 from .profiling import hardware, hardware_slug
-from .roofline import gemm_rate, gemm_share
+from .roofline import best, gemm_rate, update_shares
+from .shapes import sides
 from .timing import LEAST_ROUNDS, compare_throughput, median_interval, paired_ratios, verdict
 
 
@@ -102,8 +103,9 @@ def run_benchmark(
 ) -> tuple[Path | None, dict[str, Any]]:
     """
     Measures what the options ask for; with a folder, a JSON file there that is called after the machine is written
-    after every group, and what it already holds (of these versions) is not measured again. A group is measured as a
-    whole, because only runs in turn compare: with one more model in it, it is another group.
+    after every group, and what it already holds (of these versions, models, slices, rounds) is not measured again. A
+    group is measured as a whole, because only runs in turn compare: with one more model in it, it is another group;
+    with other rounds its times are replaced.
 
     Args:
         options ([`BenchmarkOptions`]): what to measure.
@@ -133,8 +135,8 @@ def run_benchmark(
     try:
         path, record = start_record(device, folder, overwrite)
         for setting in settings_of(options, shapes):
-            for entry in measured(setting, shapes[setting["shape"]], options, device, budget, record, say):
-                record[entry.pop("section")].append(entry)
+            for _ in measure(setting, shapes[setting["shape"]], options, device, budget, record, say):
+                update_shares(record["groups"])
                 if path is not None:
                     write_json(path, record)
     finally:
@@ -169,7 +171,7 @@ def start_record(device: torch.device, folder: Path | None, overwrite: bool) -> 
     return path, found
 
 
-def measured(
+def measure(
     setting: dict[str, Any],
     group: list[Contender],
     options: BenchmarkOptions,
@@ -177,27 +179,29 @@ def measured(
     budget: int | None,
     record: dict[str, Any],
     say: Say,
-) -> Iterator[dict[str, Any]]:
-    """The entries of one setting that the record does not hold yet."""
-    names = [contender.name for contender in group]
+) -> Iterator[None]:
+    """Adds to the record what it does not hold yet of one setting; yields after every entry."""
     where = " ".join(setting.values())
     images = {}
     if budget is not None:
         key = setting | {"budget_bytes": budget}
-        held = held_entry(record["memory"], key, names)
+        held = held_entry(record["memory"], key, group)
         if held is None:
             say(f"{where}: images in {options.memory_budget}")
             held = key | {"models": [in_budget(contender, key, device, say) for contender in group]}
             first = held["models"][0]["images"]
             for model in held["models"]:
                 model["ratio_to_first"] = model["images"] / first if first else None
-            yield {"section": "memory"} | held
+            record["memory"].append(held)
+            yield
         images = {model["name"]: model["images"] for model in held["models"]}
     if not options.rounds and not options.memory:
         return
-    sizes = [images[names[0]] if size == MAX else int(size) for size in options.batch_sizes]
+    sizes = [images[group[0].name] if size == MAX else int(size) for size in options.batch_sizes]
     keys = [setting | {"torch_compile": options.torch_compile, "batch_size": size} for size in dict.fromkeys(sizes)]
-    missing = [key for key in keys if key["batch_size"] and held_entry(record["groups"], key, names) is None]
+    missing = [
+        key for key in keys if key["batch_size"] and not is_complete(held_entry(record["groups"], key, group), options)
+    ]
     if not missing:
         return
     models: dict[str, nn.Module] = {}
@@ -208,18 +212,39 @@ def measured(
         say(f"{where}: batch {key['batch_size']}")
         # Otherwise a second batch size would run on a graph for any size.
         torch.compiler.reset()
-        yield {"section": "groups"} | one_group(key, group, models, costs, options, device)
+        entry, held = one_group(key, group, models, costs, options, device), held_entry(record["groups"], key, group)
+        if held is None:
+            record["groups"].append(entry)
+        else:
+            replace_figures(held, entry)
+        yield
     del models
     release()
 
 
-def held_entry(entries: list[dict[str, Any]], key: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
-    """What a record already says of the same models in the same setting."""
+def held_entry(entries: list[dict[str, Any]], key: dict[str, Any], group: list[Contender]) -> dict[str, Any] | None:
+    """What a record already says of the same models, slices included, in the same setting."""
+    models = [described(contender) for contender in group]
     for entry in entries:
-        if all(entry[name] == value for name, value in key.items()):
-            if [model["name"] for model in entry["models"]] == names:
+        if entry | key == entry and len(entry["models"]) == len(models):
+            if all(held | model == held for held, model in zip(entry["models"], models, strict=True)):
                 return entry
     return None
+
+
+def is_complete(entry: dict[str, Any] | None, options: BenchmarkOptions) -> bool:
+    """Whether an entry holds all that the options ask for: times of as many rounds, peaks of memory."""
+    if entry is None:
+        return False
+    is_timed = not options.rounds or (entry["rounds"], entry["warmup"]) == (options.rounds, options.warmup)
+    return is_timed and (not options.memory or "peak_bytes" in entry["models"][0])
+
+
+def replace_figures(held: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Puts a newer entry in the place of `held`; of that stays what was not measured again."""
+    models = [old | new for old, new in zip(held["models"], entry["models"], strict=True)]
+    rounds = {} if entry["rounds"] else {name: held[name] for name in ("rounds", "warmup")}
+    held |= entry | rounds | {"models": models}
 
 
 def built(contender: Contender, setting: dict[str, Any], device: torch.device, is_compiled: bool) -> nn.Module:
@@ -241,7 +266,7 @@ def one_group(
     key: dict[str, Any],
     group: list[Contender],
     models: dict[str, nn.Module],
-    costs: dict[str, dict[str, int]],
+    costs: dict[str, dict[str, Any]],
     options: BenchmarkOptions,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -251,15 +276,16 @@ def one_group(
     rows = [described(contender) | costs[contender.name] for contender in group]
     if models:
         config = group[0].config()
-        size = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, config.num_channels, *size, generator=generator).to(device, dtype)
+        shape = (batch_size, config.num_channels, *sides(config.image_size))
+        images = torch.randn(shape, generator=generator).to(device, dtype)
+        rates = [gemm_rate(device, dtype)]
         speeds = compare_throughput(models, images, options.rounds, options.warmup)
-        entry["gemm"] = gemm_rate(device, dtype)
+        rates.append(gemm_rate(device, dtype))
+        entry["gemm"] = best(rates)
         for row in rows:
             speed = speeds[row["name"]]
-            share = gemm_share(speed["images_per_s"], row["macs_computed"], entry["gemm"]["macs_per_s"])
-            row |= speed | {"verdict": verdict(speed["ratio_interval"]), "gemm_share": share}
+            row |= speed | {"verdict": verdict(speed["ratio_interval"])}
             if row["variant_of"] is not None:
                 pairs = paired_ratios(speed["seconds"], speeds[row["variant_of"]]["seconds"])
                 row |= {"ratio_to_plain": statistics.median(pairs), "plain_interval": list(median_interval(pairs))}

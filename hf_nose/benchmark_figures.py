@@ -10,16 +10,19 @@ from typing import Any
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
+from .benchmark_tables import paper_figures
 from .figures import STYLE
 from .files import write_bytes
-from .published import shape_figures
-from .shapes import SHAPES
+from .profiling import machine_name
 
 
 # Dark to light would order what has no order: distinct hues, and a marker each for those who cannot tell them apart.
 COLOURS = ("#4f5d75", "#1f6f9f", "#e07a1f", "#d1495b", "#3a7d44", "#7b4ea3", "#b08900", "#17808a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+# Latencies that lie further apart than this stand on a logarithmic axis.
+WIDE = 4
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -59,20 +62,18 @@ def draw_pareto(record: dict[str, Any], path: Path) -> bool:
         for (left, right), (key, groups) in zip(grid, panels.items(), strict=True):
             shape, dtype, attention, is_compiled, _ = key
             ordered = sorted(groups, key=lambda group: group["batch_size"])
-            _latency_panel(left, ordered)
+            latency_panel(left, ordered)
             left.set_title(f"{shape}, {dtype}, {attention}{', compiled' if is_compiled else ''}")
-            _accuracy_panel(right, shape, ordered[-1])
-        machine = record["hardware"]
-        name = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
-        figure.suptitle(f"Speed on {name}", x=0.01, ha="left", fontweight="bold")
+            accuracy_panel(right, shape, ordered[-1])
+        figure.suptitle(f"Speed on {machine_name(record['hardware'])}", x=0.01, ha="left", fontweight="bold")
         FigureCanvasAgg(figure)
         picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=130, metadata={"Software": None})
+        figure.savefig(picture, format="png", dpi=100, metadata={"Software": None})
     write_bytes(path, picture.getvalue())
     return True
 
 
-def _latency_panel(axes: Any, groups: list[dict[str, Any]]) -> None:
+def latency_panel(axes: Any, groups: list[dict[str, Any]]) -> None:
     """Images per second against milliseconds of a forward; every batch size is a point."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for group in groups:
@@ -84,22 +85,25 @@ def _latency_panel(axes: Any, groups: list[dict[str, Any]]) -> None:
     points = [point for line in lines.values() for point in line]
     front = [points[index] for index in pareto_front(points)]
     axes.plot(*zip(*front, strict=True), ls="", marker="o", ms=12, mfc="none", mec="#2b2d42", label="not beaten")
-    axes.set(xlabel="latency of a forward (ms)", ylabel="images per second", xscale="log")
+    axes.set(xlabel="latency of a forward (ms)", ylabel="images per second")
     axes.set_ylim(0, 1.08 * max(speed for _, speed in points))
-    for formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatter("{x:g}")
+    latencies = [latency for latency, _ in points]
+    if max(latencies) > WIDE * min(latencies):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.grid()
     axes.legend(fontsize=8, loc="lower right")
 
 
-def _accuracy_panel(axes: Any, shape: str, group: dict[str, Any]) -> None:
-    """Our images per second against the accuracy that the paper reports for the same shape and number of layers."""
+def accuracy_panel(axes: Any, shape: str, group: dict[str, Any]) -> None:
+    """Our images per second against the paper's accuracy, see [`~benchmark_tables.paper_figures`]."""
     shown = {}
     for index, model in enumerate(group["models"]):
-        if shape in SHAPES and model["kind"] != "checkpoint":
-            top1 = shape_figures(shape, len(model["removed"])).get("top1")
-            if top1 is not None:
-                shown[index] = (model["name"], model["images_per_s"], top1)
+        top1 = paper_figures(shape, model).get("top1")
+        if top1 is not None:
+            shown[index] = (model["name"], model["images_per_s"], top1)
     if not shown:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "The paper has no accuracy\nof these models.", ha="center", va="center")

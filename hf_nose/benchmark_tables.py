@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .markdown import table
 from .memory import UNITS
-from .published import shape_figures, shape_setting
-from .shapes import SHAPES
+from .published import BASES, shape_figures, shape_setting
+from .roofline import best
+from .shapes import PUBLISHED_SETS, SHAPES
 
 
 # Of a model in a group, as in the record; lists become one column an item.
@@ -103,11 +105,12 @@ def write_tables(record: dict[str, Any], path: Path) -> None:
 
 def tables(record: dict[str, Any]) -> str:
     """All groups and budgets of a record as Markdown, with what is not faster in words."""
-    parts = [_group(entry) for entry in record["groups"]] + [_budget(entry) for entry in record["memory"]]
+    parts = [_group(entry, record["groups"]) for entry in record["groups"]]
+    parts += [_budget(entry) for entry in record["memory"]]
     return "\n\n".join(parts) + "\n" if parts else "Nothing was measured.\n"
 
 
-def _group(entry: dict[str, Any]) -> str:
+def _group(entry: dict[str, Any], groups: list[dict[str, Any]]) -> str:
     models = entry["models"]
     is_timed, has_memory = "images_per_s" in models[0], "peak_bytes" in models[0]
     paper = _published(entry) if is_timed else {}
@@ -126,16 +129,24 @@ def _group(entry: dict[str, Any]) -> str:
         row += paper.get(model["name"], ["", ""]) if paper else []
         rows.append(row)
     compiled = ", compiled" if entry["torch_compile"] else ""
+    where = f"{entry['shape']}, {entry['dtype']}, {entry['attention']}{compiled}, batch {entry['batch_size']}"
     lines = [
-        f"**{entry['shape']}, {entry['dtype']}, {entry['attention']}{compiled}, batch {entry['batch_size']}**",
+        f"**{where}{_variants(models)}**",
         "",
         *markdown_table(header, rows),
     ]
     if is_timed:
-        lines += ["", *_words(entry)]
+        lines += ["", *_words(entry, groups)]
     if paper:
         lines += ["", f"The paper's columns: {shape_setting(entry['shape'])}, another machine and another code."]
     return "\n".join(lines)
+
+
+def _variants(models: list[dict[str, Any]]) -> str:
+    """For the title of a table: how some of its models run a second time."""
+    is_sliced = any(model["chunk_size_feed_forward"] or model["chunk_size_attention"] for model in models)
+    is_fused = any(model["fuse_qkv"] for model in models)
+    return ", whole and in slices" * is_sliced + ", q, k and v apart and as one product" * is_fused
 
 
 def _speed_cells(model: dict[str, Any]) -> list[str]:
@@ -149,12 +160,14 @@ def _speed_cells(model: dict[str, Any]) -> list[str]:
     ]
 
 
-def _words(entry: dict[str, Any]) -> list[str]:
+def _words(entry: dict[str, Any], groups: list[dict[str, Any]]) -> list[str]:
     """What the table says, in sentences: the roofline, and who is not faster."""
-    first, gemm = entry["models"][0], entry["gemm"]
+    first = entry["models"][0]
+    gemm = best([group["gemm"] for group in groups if group["dtype"] == entry["dtype"] and "gemm" in group])
     lines = [
         f"Medians of {entry['rounds']} rounds, the models in turn. This machine multiplies matrices at "
-        f"{gemm['macs_per_s'] / 1e12:.3g} T MAC/s (measured at {' x '.join(map(str, gemm['size']))})."
+        f"{gemm['macs_per_s'] / 1e12:.3g} T MAC/s (the best that was measured, at "
+        f"{' x '.join(map(str, gemm['size']))}; beside these models {entry['gemm']['macs_per_s'] / 1e12:.3g})."
     ]
     for model in entry["models"][1:]:
         if model["verdict"] != "faster":
@@ -177,9 +190,9 @@ def _words(entry: dict[str, Any]) -> list[str]:
 
 def _published(entry: dict[str, Any]) -> dict[str, list[str]]:
     """The paper's images per second and their ratio to dense by name, where this group is in its setting."""
-    if entry["shape"] not in SHAPES or (entry["dtype"], entry["attention"]) != ("float32", "eager"):
+    if not _is_in_the_papers_way(entry) or entry["torch_compile"]:
         return {}
-    if entry["torch_compile"] or not shape_setting(entry["shape"]).endswith(f" batch {entry['batch_size']}"):
+    if not shape_setting(entry["shape"]).endswith(f" batch {entry['batch_size']}"):
         return {}
     return _paper_cells(entry, "images_per_s")
 
@@ -188,17 +201,34 @@ def _paper_cells(entry: dict[str, Any], metric: str) -> dict[str, list[str]]:
     """A figure of the paper, and what it is of its dense model's, for every model that the paper has."""
     dense, cells = shape_figures(entry["shape"], 0)[metric], {}
     for model in entry["models"]:
-        value = shape_figures(entry["shape"], len(model["removed"])).get(metric)
-        # Its dense model is the stock one; variants are ours.
-        is_ours = model["variant_of"] is not None or model["kind"] == "checkpoint"
-        if value is not None and not is_ours and (model["kind"] == "stock" or model["removed"]):
+        value = paper_figures(entry["shape"], model).get(metric)
+        # Its dense model is the stock one.
+        if value is not None and (model["kind"] == "stock" or model["removed"]):
             cells[model["name"]] = [f"{value:.0f}", f"{value / dense:.2f}"]
     return cells
 
 
+def paper_figures(shape: str, model: dict[str, Any]) -> dict[str, float]:
+    """
+    The paper's figures of a model in a record, by metric: of DeiT itself, by its shape or its checkpoint, dense or
+    without as many layers as in the paper, those that it removed where it says which. Empty for anything else: another
+    ViT of the same shape, another set of layers, slices, a checkpoint of one's own.
+    """
+    names = {shape, *(base_id.split("/")[1] for base_id, base in BASES.items() if base.shape == shape)}
+    is_its = model["name"].split(" ")[0] in names and model["kind"] != "checkpoint" and model["variant_of"] is None
+    removed = model["removed"]
+    is_its_set = PUBLISHED_SETS.get((shape, len(removed)), removed) == removed
+    return shape_figures(shape, len(removed)) if is_its and is_its_set else {}
+
+
+def _is_in_the_papers_way(entry: dict[str, Any]) -> bool:
+    """Its figures are float32's without fused attention."""
+    return entry["shape"] in SHAPES and (entry["dtype"], entry["attention"]) == ("float32", "eager")
+
+
 def _budget(entry: dict[str, Any]) -> str:
     header = ["model", "images", "x stock", "weights MiB", "KiB an image above the weights"]
-    is_paper_s = entry["shape"] in SHAPES and entry["budget_bytes"] in (10 * UNITS["GB"], 10 * UNITS["GiB"])
+    is_paper_s = _is_in_the_papers_way(entry) and entry["budget_bytes"] in (10 * UNITS["GB"], 10 * UNITS["GiB"])
     paper = _paper_cells(entry, "images_in_10gb") if is_paper_s else {}
     header += ["paper: images", "x dense"] if paper else []
     rows = []
@@ -231,6 +261,6 @@ def _mebibytes(value: int | None) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, the first column to the left, the others to the right."""
-    align = ("---", *["---:"] * (len(header) - 1))
-    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, align, *rows)]
+    """The lines of a Markdown table whose cells may hold a bar."""
+    head, *body = ([cell.replace("|", r"\|") for cell in row] for row in (header, *rows))
+    return table(head, body)

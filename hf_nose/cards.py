@@ -29,7 +29,8 @@ from .card_words import (
     versions,
     word,
 )
-from .report import CAPTIONS, escape
+from .markdown import escape
+from .report import CAPTIONS
 
 
 TAGS = ["nose_vit", "hf_nose", "vision-transformer", "model-compression", "attention-removal"]

@@ -22,7 +22,7 @@ from transformers import (
 from .configuration_nose_vit import NoseViTConfig
 from .conversion_nose_vit import load_vit, unsupported
 from .modeling_nose_vit import NoseViTForImageClassification
-from .profiling import count_macs, count_parameters
+from .profiling import count_macs, count_parameters, macs_by_part
 from .records import public_name
 from .shapes import SHAPE_FIELDS, SHAPES, removed_layers, shape_config, shape_name
 from .surgery import fold
@@ -77,13 +77,18 @@ class Contender:
             stock_config(config), removed_attention_layers=layers, folded_attention_layers=layers, **chunks
         )
 
-    def costs(self) -> dict[str, int]:
-        """`parameters`, `macs` of one image as the paper counts them, and `macs_computed`, what is really computed."""
+    def costs(self) -> dict[str, Any]:
+        """
+        `parameters`, `macs` of one image as the paper counts them, and `macs_computed`, what is really computed, with
+        `macs_by_part`, where that is.
+        """
         config = self.config()
+        computed = count_macs(config, class_token_tail=True)
         return {
             "parameters": self.num_parameters(),
             "macs": count_macs(config)["total"],
-            "macs_computed": count_macs(config, class_token_tail=True)["total"],
+            "macs_computed": computed["total"],
+            "macs_by_part": macs_by_part(computed["by_module"]),
         }
 
     def num_parameters(self) -> int:
@@ -168,7 +173,8 @@ def contenders(
 
     Args:
         sources (`Sequence[str]`): shapes, folders, Hub ids; dense or compressed.
-        removed (`Sequence[str]`, *optional*): what to take from dense ones, see [`~shapes.removed_layers`].
+        removed (`Sequence[str]`, *optional*): what to take from dense ones, see [`~shapes.removed_layers`]; those that
+            have lost layers already stay as they are.
         chunk_size_feed_forward (`int`, *optional*, defaults to 0): see [`Contender`]; where this or the next is
             given, every NoseViT runs in slices and whole.
         chunk_size_attention (`int`, *optional*, defaults to 0): see [`Contender`].
@@ -178,7 +184,7 @@ def contenders(
         `dict[str, list[Contender]]`: by the shape's name, or that of the first source.
 
     Raises:
-        ValueError: for a source given twice, no source, or layers that cannot be removed.
+        ValueError: for a source given twice, no source, layers that cannot be removed, or no dense model for them.
     """
     if not sources or len(set(sources)) != len(sources):
         raise ValueError(f"model must name at least one model, none twice, got {list(sources)}.")
@@ -203,10 +209,20 @@ def contenders(
                 group.append(replace(contender, name=name + CHUNKED, variant_of=name, **chunks))
             if fuse_qkv:
                 group.append(replace(contender, name=name + FUSED, variant_of=name, fuse_qkv=True))
-    names = [contender.name for _, group in groups.values() for contender in group]
+    check_found([contender for _, group in groups.values() for contender in group], sources, removed)
+    return dict(groups.values())
+
+
+def check_found(found: Sequence[Contender], sources: Sequence[str], removed: Sequence[str]) -> None:
+    """`ValueError` where nobody has the layers that are to be removed, or two models would have one name."""
+    if removed and not any(contender.removed for contender in found):
+        raise ValueError(
+            f"removed {', '.join(removed)}: none of {', '.join(map(public_name, sources))} is dense. Leave it out, or "
+            "give a dense model, too."
+        )
+    names = [contender.name for contender in found]
     if len(set(names)) != len(names):
         raise ValueError(f"Two models would have one name: {names}. Give every removal once, and folders names apart.")
-    return dict(groups.values())
 
 
 def of_source(source: str, config: ViTConfig, removed: Sequence[str], is_first: bool) -> list[Contender]:
@@ -216,7 +232,9 @@ def of_source(source: str, config: ViTConfig, removed: Sequence[str], is_first: 
     if is_first or config.model_type == "vit":
         found.append(Contender(f"{name} dense", source, "nose"))
     if config.model_type == "nose_vit":
-        return [*found, Contender(name, source, "checkpoint")]
+        found.append(Contender(name, source, "checkpoint"))
+        if config.removed_attention_layers:
+            return found
     for text in map(str.strip, removed):
         found.append(Contender(f"{name} {text}", source, "nose", tuple(removed_layers(text, config))))
     return found

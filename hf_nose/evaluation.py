@@ -39,16 +39,31 @@ def evaluate_checkpoint(
     state = PartialState(cpu=target.type == "cpu")
     check_launch(state.num_processes)
     loaded = load_classifier(model)
-    data = load_image_data(
+    images, notes = evaluation_images(
         dataset,
+        load_processor(model),
+        loaded.num_labels,
         image_column=image_column,
         label_column=label_column,
         seed=seed,
         eval_split=eval_split,
         max_eval_samples=max_eval_samples,
-        evaluation_only=True,
     )
-    columns = data.image_column, data.label_column
-    images = ImageDataset(data.evaluation, load_processor(model), *columns, num_labels=loaded.num_labels)
     with Progress(ImageBatches(images, eval_batch_size), "Evaluating", disable=not state.is_main_process) as batches:
-        return {**evaluate_model(loaded, batches, target), "notes": data.notes}
+        return {**evaluate_model(loaded, batches, target), "notes": notes}
+
+
+def evaluation_images(
+    dataset: str, processor: Any, num_labels: int | None = None, **options: Any
+) -> tuple[ImageDataset, list[str]]:
+    """
+    The images that `dataset` evaluates on, or a sample of them, and what is to be noted of how they were found.
+
+    Args:
+        dataset, options: see [`~hf_nose.data.load_image_data`], whose errors these are.
+        processor: the image processor of the model.
+        num_labels (`int`, *optional*): labels must be below it.
+    """
+    data = load_image_data(dataset, evaluation_only=True, **options)
+    columns = data.image_column, data.label_column
+    return ImageDataset(data.evaluation, processor, *columns, num_labels=num_labels), data.notes

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .data import load_image_data
+from .evaluation import evaluation_images
 from .export import exported
 from .export_onnx import INPUT, OUTPUT, check_onnx_installed, export_onnx
 from .export_source import open_source
 from .files import write_json
-from .images import ImageBatches, ImageDataset
+from .images import ImageBatches
 from .quantization import OPERATORS, compare_int8, quantize_onnx
 
 
@@ -50,11 +50,16 @@ def export_onnx_folder(
     model, processor = opened.load(), opened.processor()
     batches = None
     if dataset is not None:
-        options: dict[str, Any] = {"image_column": image_column, "label_column": label_column, "seed": seed}
-        data = load_image_data(
-            dataset, eval_split=eval_split, max_eval_samples=max_eval_samples, evaluation_only=True, **options
+        images, _ = evaluation_images(
+            dataset,
+            processor,
+            model.num_labels,
+            image_column=image_column,
+            label_column=label_column,
+            seed=seed,
+            eval_split=eval_split,
+            max_eval_samples=max_eval_samples,
         )
-        images = ImageDataset(data.evaluation, processor, data.image_column, data.label_column, model.num_labels)
         batches = ImageBatches(images, eval_batch_size)
     with exported(opened, output_dir, overwrite) as folder:
         model.config.save_pretrained(folder)

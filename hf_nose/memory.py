@@ -101,13 +101,19 @@ def answer(
         "threads": threads,
         "budget": budget,
     }
-    found = subprocess.run(
-        [sys.executable, "-m", "hf_nose.memory_probe"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=PROBE_SECONDS,
-    )
+    try:
+        found = subprocess.run(
+            [sys.executable, "-m", "hf_nose.memory_probe"],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"Measuring the memory of {contender.name} took longer than {PROBE_SECONDS} seconds: give a smaller "
+            "memory_budget or batch size."
+        ) from error
     if found.returncode:
         # Killed by the system, it says nothing.
         reason = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]

@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from .contenders import ATTENTIONS, DTYPES, Contender, release
+from .devices import finish
+from .shapes import sides
 
 
 # More images than any budget holds: where the search stops.
@@ -48,10 +50,12 @@ def measured(
     if where.type == "cuda" and budget is not None:
         total = torch.cuda.get_device_properties(where).total_memory
         torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), where)
+    described = Contender(**contender)
+    weights = described.weights_bytes(DTYPES[dtype])
     warm_up(where, DTYPES[dtype], attention)
     release()
     before = resident_bytes() if where.type == "cpu" else 0
-    model = Contender(**contender).build(where, DTYPES[dtype], attention)
+    model = described.build(where, DTYPES[dtype], attention)
     found: dict[int, dict[str, Any]] = {0: NOTHING}
 
     def peak_at(images: int) -> int | None:
@@ -61,7 +65,7 @@ def measured(
     if budget is None:
         peak_at(batch_size)
         return found[batch_size]
-    images = largest_batch(peak_at, budget, batch_size)
+    images = largest_batch(peak_at, budget, batch_size, weights)
     return {"images": images, **found[images]}
 
 
@@ -74,9 +78,7 @@ def peak_of(model: PreTrainedModel, num_images: int, device: torch.device, befor
         torch.cuda.reset_peak_memory_stats(device)
     else:
         reset_peak()
-    size = model.config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    shape = (num_images, model.config.num_channels, height, width)
+    shape = (num_images, model.config.num_channels, *sides(model.config.image_size))
     try:
         with torch.inference_mode():
             # Not zeros: those take no memory before something is written.
@@ -84,24 +86,26 @@ def peak_of(model: PreTrainedModel, num_images: int, device: torch.device, befor
     except torch.OutOfMemoryError:
         return NOTHING
     if is_cuda:
-        torch.cuda.synchronize(device)
+        finish(device)
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"peak_bytes": reserved, "allocated_bytes": allocated, "reserved_bytes": reserved}
     return NOTHING | {"peak_bytes": peak_bytes() - before}
 
 
-def largest_batch(peak_at: Callable[[int], int | None], budget: int, first: int) -> int:
+def largest_batch(peak_at: Callable[[int], int | None], budget: int, first: int, weights: int) -> int:
     """
-    The most images whose peak stays within a budget, 0 where not even one does: bisection between what fits and what
-    does not, its next guess from the line through two peaks, because memory grows nearly linearly.
+    The most images whose peak stays within a budget, 0 where not even one does: larger and larger batches until one is
+    too many, see [`larger`], then bisection between what fits and what does not, its next guess from the line through
+    two peaks, because memory grows nearly linearly.
 
     Args:
         peak_at (`Callable[[int], int | None]`): bytes at a number of images, `None` where memory ran out.
         budget (`int`): bytes.
         first (`int`): images of the first guess, at least 1.
+        weights (`int`): bytes that the weights take, whatever the images.
     """
     fits, too_many, guess = 0, MOST_IMAGES, first
-    peaks: dict[int, int] = {}
+    peaks = {0: weights}
     for step in itertools.count(1):
         peak = peak_at(guess)
         if peak is not None:
@@ -112,23 +116,32 @@ def largest_batch(peak_at: Callable[[int], int | None], budget: int, first: int)
             too_many = guess
         if too_many - fits <= 1:
             break
-        # Every fourth guess halves, should memory not grow along a line.
-        guess = halfway(fits, too_many) if step % 4 == 0 else along_the_line(peaks, budget, fits, too_many)
-        # A peak measured wrongly must not fill the machine: never more than four times what fits.
-        guess = max(fits + 1, min(guess, too_many - 1, 4 * max(fits, 1)))
+        if too_many == MOST_IMAGES:
+            guess = larger(fits, peaks[fits] - weights, budget - weights, step)
+        else:
+            # Every fourth guess halves, should memory not grow along a line.
+            halves = step % 4 == 0
+            guess = (fits + too_many) // 2 if halves else along_the_line(peaks, budget, fits, too_many)
+        guess = max(fits + 1, min(guess, too_many - 1))
     return fits
 
 
-def halfway(fits: int, too_many: int) -> int:
-    """The middle, or four times as many as long as nothing was too many."""
-    return 4 * fits if too_many == MOST_IMAGES else (fits + too_many) // 2
+def larger(fits: int, taken: int, room: int, step: int) -> int:
+    """
+    The guess after a number of images that fits: as many as there would be room for if each took as much above the
+    weights as these do on average. What a forward takes whatever its images makes that fall short of the budget rather
+    than pass it, so the guess also grows a little more with every step. It is never more than four times what fits: a
+    peak measured wrongly must not fill the machine.
+    """
+    by_memory = fits * room // taken if taken > 0 else 4 * fits
+    return min(max(by_memory, fits + 2 ** (step - 1)), 4 * fits)
 
 
 def along_the_line(peaks: dict[int, int], budget: int, fits: int, too_many: int) -> int:
     """Where the line through the two peaks nearest to the budget meets it."""
     nearest = sorted(sorted(peaks, key=lambda images: abs(peaks[images] - budget))[:2])
     if len(nearest) < 2 or peaks[nearest[1]] <= peaks[nearest[0]]:
-        return halfway(fits, too_many)
+        return (fits + too_many) // 2
     slope = (peaks[nearest[1]] - peaks[nearest[0]]) / (nearest[1] - nearest[0])
     return nearest[0] + int((budget - peaks[nearest[0]]) // slope)
 

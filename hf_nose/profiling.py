@@ -104,6 +104,16 @@ def count_macs(
     return {"total": sum(macs.values()), "by_module": macs}
 
 
+def macs_by_part(by_module: dict[str, int]) -> dict[str, int]:
+    """What [`count_macs`] found module by module, by the part of a ViT that it belongs to; the sum is the total."""
+    parts = dict.fromkeys(("embeddings", "attention", "mlp", "norms", "head"), 0)
+    for name, macs in by_module.items():
+        path = name.split(".")
+        part = next((part for part in ("attention", "mlp", "embeddings") if part in path), None)
+        parts[part or ("norms" if "norm" in path[-1] else "head")] += macs
+    return parts
+
+
 def _height_and_width(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -169,6 +179,12 @@ def hardware(device: str | torch.device = "cpu", dtype: torch.dtype = torch.floa
         "dtype": str(dtype).removeprefix("torch."),
         "float32_precision": torch.get_float32_matmul_precision(),
     }
+
+
+def machine_name(hardware: dict[str, Any]) -> str:
+    """What the machine of a [`hardware`] record is called: the GPU, or the processor and the threads of torch."""
+    threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
+    return hardware["accelerator"] or f"{hardware['processor']}, {threads}"
 
 
 def hardware_slug(hardware: dict[str, Any]) -> str:

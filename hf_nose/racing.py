@@ -69,8 +69,10 @@ class Race:
             start, dense = stop, self.dense_until(look)
             evidence = dense.evidence()
             scores |= {layer: self.scorer.score_of(found[layer].evidence(), evidence) for layer in racing}
+            if dense.num_images < MIN_IMAGES:
+                continue
             shares = self._shares({layer: found[layer] for layer in racing}, dense)
-            if look < len(self.stops) - 1 and dense.num_images >= MIN_IMAGES:
+            if look < len(self.stops) - 1:
                 beaten = agree(self._beaten(picked, scores, shares, stop / self.stops[-1], len(candidates) - 1))
                 margins |= beaten
                 racing = [layer for layer in racing if layer not in beaten]

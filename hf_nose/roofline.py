@@ -43,7 +43,7 @@ def gemm_rate(
     watch = stopwatch(device) if watch is None else watch
     if sizes is None:
         sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
-    best: dict[str, Any] = {"macs_per_s": 0.0, "size": None}
+    rates = []
     for rows, inputs, outputs in sizes:
         # Random numbers: a GPU multiplies constants faster, because fewer bits change.
         tokens = torch.randn(rows, inputs, device=device, dtype=dtype)
@@ -51,12 +51,23 @@ def gemm_rate(
         multiply = partial(functional.linear, tokens, weight)
         with torch.inference_mode():
             seconds = [watch(multiply) for _ in range(repeats + 1)][1:]
-        rate = rows * inputs * outputs / statistics.median(seconds)
-        if rate > best["macs_per_s"]:
-            best = {"macs_per_s": rate, "size": [rows, inputs, outputs]}
-    return best
+        macs = rows * inputs * outputs
+        rates.append({"macs_per_s": macs / statistics.median(seconds), "size": [rows, inputs, outputs]})
+    return best(rates)
 
 
-def gemm_share(images_per_s: float, macs: int, macs_per_s: float) -> float:
-    """The share, from 0, of the machine's rate of matrix products that a model's own MACs reach."""
-    return images_per_s * macs / macs_per_s
+def best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The highest of several rates: whatever disturbs a measurement makes it lower."""
+    return max(rates, key=lambda rate: rate["macs_per_s"])
+
+
+def update_shares(groups: Sequence[dict[str, Any]]) -> None:
+    """
+    Gives every model that was timed its `gemm_share`: the share, from 0, of the machine's rate of matrix products that
+    the model's own MACs reach. The rate is the best one found beside any group of the same data type.
+    """
+    for dtype in {group["dtype"] for group in groups if "gemm" in group}:
+        timed = [group for group in groups if group["dtype"] == dtype and "gemm" in group]
+        rate = best([group["gemm"] for group in timed])["macs_per_s"]
+        for model in (model for group in timed for model in group["models"]):
+            model["gemm_share"] = model["images_per_s"] * model["macs_computed"] / rate

@@ -77,11 +77,15 @@ def removed_layers(text: str, config: PretrainedConfig) -> list[int]:
     return layers
 
 
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image or a patch, as a configuration gives its size."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def num_tokens(config: PretrainedConfig) -> int:
     """Patches and the class token."""
-    image, patch = (
-        size if isinstance(size, list | tuple) else (size, size) for size in (config.image_size, config.patch_size)
-    )
+    image, patch = sides(config.image_size), sides(config.patch_size)
     return (image[0] // patch[0]) * (image[1] // patch[1]) + 1
 
 
@@ -129,7 +133,7 @@ def formula_macs(
     total = num_tokens(config)
     tokens = [(total, total)] * config.num_hidden_layers if tokens is None else tokens
     last = max(layer for layer in range(config.num_hidden_layers) if layer not in removed)
-    patch = config.patch_size if isinstance(config.patch_size, list | tuple) else (config.patch_size,) * 2
+    patch = sides(config.patch_size)
     norm = LAYER_NORM_MACS_PER_ELEMENT * width
     macs = (total - 1) * config.num_channels * patch[0] * patch[1] * width + width * config.num_labels
     for layer, (before, after) in enumerate(tokens):

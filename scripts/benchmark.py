@@ -9,7 +9,7 @@ Measures what model_cards/results/speed holds, a command a measurement, and rend
     python scripts/benchmark.py table      # DeiT-T/S/B at 0, 25, 40, 50 %: batch 1, 8, 32
     python scripts/benchmark.py published  # float32, eager, batch 128 or 256: beside the paper's columns
     python scripts/benchmark.py gpu        # bfloat16, with and without compiling; images in 10 GB
-    python scripts/benchmark.py render     # README.md of the folder
+    python scripts/benchmark.py render     # tables, plots and README.md of the folder, from its JSON
 
 An idle machine, please. What a file already holds is not measured again; any option below changes a measurement.
 """
@@ -24,8 +24,10 @@ from hf_nose.benchmark import BenchmarkOptions, run_benchmark
 from hf_nose.benchmark_figures import draw_pareto
 from hf_nose.benchmark_tables import markdown_table, tables, write_tables
 from hf_nose.contenders import CHUNKED, contenders
-from hf_nose.files import read_json, write_text
+from hf_nose.files import read_json, write_json, write_text
+from hf_nose.profiling import machine_name
 from hf_nose.published import shape_figures
+from hf_nose.roofline import update_shares
 from hf_nose.shapes import SHAPES
 
 
@@ -93,13 +95,26 @@ def main(argv: list[str] | None = None) -> int:
             write_tables(record, path)
             draw_pareto(record, path.with_suffix(".png"))
         print(tables(record))
-        checks = [check for entry in record["groups"] + record["memory"] for check in CHECKS.get(what, none)(entry)]
+        section, check = CHECKS.get(what, ("groups", none))
+        checks = [found for entry in record[section] for found in check(entry)]
         for text, is_kept in checks:
             print(f"{'kept' if is_kept else 'MISSED'}: {text}")
         kept = all(is_kept for _, is_kept in checks)
     folder.mkdir(parents=True, exist_ok=True)
+    if what == "render":
+        for path in sorted(folder.glob("*.json")):
+            render(path)
     write_text(folder / "README.md", readme(folder))
     return 0 if kept else 1
+
+
+def render(path: Path) -> None:
+    """What stands beside a record, from the record alone: shares of the rate of matrix products, tables, plot."""
+    record = read_json(path)
+    update_shares(record["groups"])
+    write_json(path, record)
+    write_tables(record, path)
+    draw_pareto(record, path.with_suffix(".png"))
 
 
 def none(entry: dict[str, Any]) -> list[tuple[str, bool]]:
@@ -109,7 +124,7 @@ def none(entry: dict[str, Any]) -> list[tuple[str, bool]]:
 
 def speed_checks(entry: dict[str, Any]) -> list[tuple[str, bool]]:
     """Whether the ratios to the stock ViT reach their bounds, in a group of DeiT-B at batch 16."""
-    if (entry.get("batch_size"), entry["dtype"], entry["shape"]) != (16, "float32", "deit-base"):
+    if (entry["batch_size"], entry["dtype"], entry["shape"]) != (16, "float32", "deit-base") or not entry["rounds"]:
         return []
     found = []
     for model in entry["models"]:
@@ -122,8 +137,6 @@ def speed_checks(entry: dict[str, Any]) -> list[tuple[str, bool]]:
 
 def memory_checks(entry: dict[str, Any]) -> list[tuple[str, bool]]:
     """Whether the dense model in slices holds three times the stock one's images, those being enough."""
-    if "budget_bytes" not in entry:
-        return []
     stock, found = entry["models"][0]["images"], []
     where = f"{entry['dtype']}, {entry['budget_bytes'] / 2**20:.0f} MiB"
     found.append((f"{where}: {stock} stock images, at least {LEAST_STOCK_IMAGES} asked", stock >= LEAST_STOCK_IMAGES))
@@ -139,7 +152,7 @@ def chunking_checks(entry: dict[str, Any]) -> list[tuple[str, bool]]:
     """Whether slices cost little time."""
     found = []
     for model in entry["models"]:
-        if model["name"].endswith(CHUNKED):
+        if model["name"].endswith(CHUNKED) and entry["rounds"]:
             cost = 1 / model["ratio_to_plain"] - 1
             text = f"{model['name']}: slices cost {100 * cost:.1f} %, at most {100 * CHUNKING_BOUND:.0f} % asked"
             found.append(
@@ -148,7 +161,12 @@ def chunking_checks(entry: dict[str, Any]) -> list[tuple[str, bool]]:
     return found
 
 
-CHECKS = {"speed": speed_checks, "memory": memory_checks, "chunking": chunking_checks}
+# By what was measured: where in the record it stands, and what is asked of it.
+CHECKS = {
+    "speed": ("groups", speed_checks),
+    "memory": ("memory", memory_checks),
+    "chunking": ("groups", chunking_checks),
+}
 
 
 def readme(folder: Path) -> str:
@@ -159,8 +177,7 @@ def readme(folder: Path) -> str:
     lines += ["", "## What the shapes cost", "", *costs()]
     for path, record in records.items():
         hardware, versions = record["hardware"], record["versions"]
-        name = hardware["accelerator"] or f"{hardware['processor']}, {hardware['threads']} threads"
-        lines += ["", f"## {name}", ""]
+        lines += ["", f"## {machine_name(hardware)}", ""]
         packages = ", ".join(f"{package} {versions[package]}" for package in ("hf_nose", "torch", "transformers"))
         lines += [f"{packages}; `{path.name}`.", ""]
         if path.with_suffix(".png").exists():
@@ -185,7 +202,8 @@ def caveats(records: list[dict[str, Any]]) -> list[str]:
         "The whole forward from pixels to logits, in memory already: no decoding, no processor, no transfer; "
         "compiling is not counted.",
         "The paper's columns come from other machines and another code; they are shown, not compared.",
-        "The rate of matrix products is the best of a few sizes. A share of it counts the MACs that are computed, not "
+        "The rate of matrix products is the best of a few sizes, before and after the models, and of all groups of "
+        "one data type: what disturbs it makes it lower. A share of it counts the MACs that are computed, not "
         "softmax, activations or sums.",
         "Memory on a CPU is what the system counts as resident above the empty process, so it moves a little between "
         "runs; on a GPU it is that of torch's allocator, without the driver's context.",
@@ -203,8 +221,9 @@ def costs() -> list[str]:
                 count, paper = contender.costs(), shape_figures(shape, len(contender.removed))
                 row = [contender.name, " ".join(map(str, contender.removed)), f"{count['parameters'] / 1e6:.2f}"]
                 row += [f"{count[key] / 1e9:.2f}" for key in ("macs", "macs_computed")]
+                row += [f"{count['macs_by_part'][part] / 1e9:.2f}" for part in ("attention", "mlp")]
                 rows.append([*row, *(f"{paper[key]:.1f}" if paper else "" for key in ("params_m", "gmacs"))])
-    header = ["model", "removed", "M params", "GMACs as published", "GMACs computed"]
+    header = ["model", "removed", "M params", "GMACs as published", "GMACs computed", "of which attention", "MLPs"]
     return markdown_table([*header, "paper: M params", "paper: GMACs"], rows)
 
 

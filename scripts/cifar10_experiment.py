@@ -25,8 +25,9 @@ from cifar10_summary import page, summary
 from hf_nose.command_line import parse_job, parse_settings
 from hf_nose.context import choose_device
 from hf_nose.data import load_image_data
+from hf_nose.evaluation import evaluation_images
 from hf_nose.files import read_json, write_json, write_text
-from hf_nose.images import ImageBatches, ImageDataset, load_processor
+from hf_nose.images import ImageBatches, load_processor
 from hf_nose.profiling import count_macs, count_parameters, hardware
 from hf_nose.records import RECORDS, public_id
 from hf_nose.run import run_job
@@ -122,7 +123,7 @@ def flags(folder: Path, seed: int, options: argparse.Namespace, values: dict[str
     common = {"dataset": subset(options), "dataset_id": options.dataset_id, "bf16": options.bf16}
     words = {**common, **options.plan.training, "base_model_id": options.base_model_id, **values}
     words |= {"seed": seed, "output_dir": folder, "recipe": "none"}
-    return [*(f"--{name}={value}" for name, value in words.items()), "--resume"]
+    return [*(f"--{name}={value}" for name, value in words.items() if value is not None), "--resume"]
 
 
 def transferred(arm: str, seed: int, options: argparse.Namespace, values: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +202,8 @@ def start(
 @torch.no_grad()
 def correct(model: torch.nn.Module, folder: Path, dataset: str, label_column: str | None = None) -> np.ndarray:
     """Which test images `model` gets right, in float32, with the image processor of `folder`: booleans (images,)."""
-    data, device = load_image_data(dataset, evaluation_only=True, label_column=label_column), choose_device("auto")
-    images = ImageDataset(data.evaluation, load_processor(folder), data.image_column, data.label_column)
+    images, _ = evaluation_images(dataset, load_processor(folder), label_column=label_column)
+    device = choose_device("auto")
     model.to(device)
     hits = [
         model(batch["pixel_values"].to(device)).logits.argmax(-1).cpu() == batch["labels"]

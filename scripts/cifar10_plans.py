@@ -102,8 +102,8 @@ PAPER = Plan(
     image_size=224,
     dense_epochs=30.0,
     epochs=100.0,
-    # The shift is an eighth of the image in both plans.
-    training={**TRAINING, "batch_size": 256, "shift": 28, "num_workers": 8, "cache_gib": 0.0},
+    # The shift is a sixteenth of the image in both plans.
+    training={**TRAINING, "batch_size": 256, "shift": 14, "num_workers": 8, "cache_gib": 0.0},
     arms={
         **{f"nose-{count}-one-shot": {**ONE_SHOT, "num_removed": count} for count in COUNTS},
         CONTROL: {"dense": True},

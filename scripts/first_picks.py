@@ -7,24 +7,22 @@ The logits of every image with each layer masked are computed once; every sample
     python scripts/first_picks.py --model facebook/deit-tiny-patch16-224 --dataset PARQUET --output first_picks.json
 """
 
-import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
+from real_images import measured_on, measurement_parser
 from tqdm.auto import tqdm
 
 from hf_nose import NoseViTForImageClassification
 from hf_nose.criteria import CRITERIA, Evidence
-from hf_nose.data import load_image_data
+from hf_nose.evaluation import evaluation_images
 from hf_nose.files import write_json
-from hf_nose.images import ImageBatches, ImageDataset, load_processor
+from hf_nose.images import ImageBatches, load_processor
 from hf_nose.modeling_nose_vit import MASK_GAINS, nose_vit
 from hf_nose.prefixes import block_inputs
 from hf_nose.profiling import hardware
-from hf_nose.records import public_id
 
 
 VARIANTS = (("skip", "absolute"), ("skip", "signed"), ("double", "absolute"), ("double", "signed"))
@@ -32,21 +30,16 @@ VARIANTS = (("skip", "absolute"), ("skip", "signed"), ("double", "absolute"), ("
 
 def main(argv: list[str] | None = None) -> int:
     """Computes logits, draws samples, counts first picks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub id or folder of a ViT")
-    parser.add_argument("--dataset", required=True, help="images, see hf-nose run")
-    parser.add_argument("--base_model_id", help="public name of the model")
-    parser.add_argument("--dataset_id", help="public name of the data set")
+    parser = measurement_parser(__doc__)
     parser.add_argument("--sizes", default="64,128,256,512", help="images in a sample")
     parser.add_argument("--seeds", type=int, default=50, help="samples of each size")
     parser.add_argument("--batch_size", type=int, default=32, help="images a forward")
     parser.add_argument("--max_eval_samples", type=int, help="use a part of the images")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(argv)
     model = NoseViTForImageClassification.from_vit(options.model).eval()
-    data = load_image_data(options.dataset, evaluation_only=True, max_eval_samples=options.max_eval_samples)
-    columns = data.image_column, data.label_column
-    images = ImageDataset(data.evaluation, load_processor(options.model), *columns, num_labels=model.num_labels)
+    images, _ = evaluation_images(
+        options.dataset, load_processor(options.model), model.num_labels, max_eval_samples=options.max_eval_samples
+    )
     dense, masked = masked_logits(model, ImageBatches(images, options.batch_size))
     sizes = [int(size) for size in options.sizes.split(",")]
     picks = {
@@ -58,8 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         for mask, sign in VARIANTS
     }
     record = {
-        "model": public_id(options.model, options.base_model_id),
-        "dataset": public_id(options.dataset, options.dataset_id),
+        **measured_on(options),
         "num_images": len(dense),
         "criterion": "transfer_entropy",
         "target": "logits",

@@ -5,23 +5,21 @@ float16 of compensated streams: how large they grow, and what folding saves, on 
     python scripts/half_precision.py --model facebook/deit-tiny-patch16-224 --dataset PARQUET --output half.json
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from real_images import measured_on, measurement_parser
 from torch import nn
 from transformers import ViTForImageClassification
 
 from hf_nose import NoseViTForImageClassification
-from hf_nose.data import load_image_data
-from hf_nose.files import versions, write_json
-from hf_nose.images import ImageBatches, ImageDataset, load_processor
+from hf_nose.evaluation import evaluation_images
+from hf_nose.files import write_json
+from hf_nose.images import ImageBatches, load_processor
 from hf_nose.profiling import hardware
-from hf_nose.records import public_id
 from hf_nose.surgery import fold
 
 
@@ -32,25 +30,21 @@ LAYERS = [0, 1, 3, 4, 6, 7, 8, 9]
 
 def main(argv: list[str] | None = None) -> int:
     """Measures both streams, as they are and scaled."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub id or folder of a ViT")
-    parser.add_argument("--dataset", required=True, help="images, see hf-nose run")
-    parser.add_argument("--base_model_id", help="public name of the model")
-    parser.add_argument("--dataset_id", help="public name of the data set")
+    parser = measurement_parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=LAYERS, help="layers removed from the scaled model")
     parser.add_argument("--factor", type=float, default=32.0, help="of the scaled stream, a power of two")
     parser.add_argument("--max_eval_samples", type=int, default=64, help="images")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(argv)
     stock = ViTForImageClassification.from_pretrained(options.model).eval()
-    data = load_image_data(options.dataset, evaluation_only=True, max_eval_samples=options.max_eval_samples)
-    columns = data.image_column, data.label_column
-    images = ImageDataset(data.evaluation, load_processor(options.model), *columns, num_labels=stock.config.num_labels)
+    images, _ = evaluation_images(
+        options.dataset,
+        load_processor(options.model),
+        stock.config.num_labels,
+        max_eval_samples=options.max_eval_samples,
+    )
     pixel_values = ImageBatches(images, len(images))[0]["pixel_values"]
     record = {
-        "versions": versions(),
-        "model": public_id(options.model, options.base_model_id),
-        "dataset": public_id(options.dataset, options.dataset_id),
+        **measured_on(options),
         "num_images": len(pixel_values),
         "largest_float16": LARGEST,
         "largest_by_doublings": doublings(stock, pixel_values),

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """
-What int8 through onnxruntime costs in accuracy and gains in speed: a model as it is, and folded without training.
+What int8 through onnxruntime costs in accuracy and gains in speed: a model as it is, and without some attention
+layers, removed at once and not trained.
 
     python scripts/int8_cost.py --model facebook/deit-tiny-patch16-224 --dataset PARQUET --layers 3 --output int8.json
 """
@@ -12,32 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_images import measured_on, measurement_parser
 
 from hf_nose import NoseViTForImageClassification
 from hf_nose.export_onnx_folder import export_onnx_folder
-from hf_nose.files import read_json, versions, write_json
+from hf_nose.files import read_json, write_json
 from hf_nose.images import load_processor
 from hf_nose.plan import parse_layers
 from hf_nose.profiling import hardware
-from hf_nose.records import public_id
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exports, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub id or folder of a ViT")
-    parser.add_argument("--dataset", required=True, help="images, see hf-nose run")
-    parser.add_argument("--base_model_id", help="public name of the model")
-    parser.add_argument("--dataset_id", help="public name of the data set")
-    parser.add_argument("--layers", nargs="*", default=["3"], help="sets of layers that a folded model has lost")
+    parser = measurement_parser(__doc__)
+    parser.add_argument("--layers", nargs="*", default=["3"], help="sets of layers to remove")
     parser.add_argument("--max_eval_samples", type=int, help="use a part of the images")
     parser.add_argument("--eval_batch_size", type=int, default=16, help="images a forward")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(argv)
     record: dict[str, Any] = {
-        "versions": versions(),
-        "model": public_id(options.model, options.base_model_id),
-        "dataset": public_id(options.dataset, options.dataset_id),
+        **measured_on(options),
         "models": {
             f"without attention {layers}" if layers else "as it is": measured(options, layers)
             for layers in ("", *options.layers)

@@ -15,6 +15,7 @@ from cifar10_summary import best_arm
 from hf_nose.card_records import card_record, recipe_record
 from hf_nose.cards import render_card
 from hf_nose.files import read_json, write_text
+from hf_nose.published import NUM_BLOCKS
 
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"
@@ -27,7 +28,6 @@ RECIPES = (
     "deit-t-nose25",
     "deit-t-nose30",
 )
-NUM_BLOCKS = 12
 # What the arms of both experiments are called in a card; those of an experiment stand in this order.
 ARMS = {
     "dense": "dense, before the removal",

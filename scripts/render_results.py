@@ -73,7 +73,7 @@ def results(folder: Path) -> str:
         f"layers {selection['layers']} removed, {run['models']['dense']['num_images']} test images, "
         f"batches of {run['throughput']['batch_size']}:",
         "",
-        "| model | top-1 % | parameters | MMACs | images/s | against dense |",
+        "| model | top-1 % | parameters | MMACs | images/s | against dense, 95 % |",
         "|---|---|---|---|---|---|",
         *(speed_row(name, model) for name, model in run["models"].items()),
         "",
@@ -99,8 +99,16 @@ def speed_row(name: str, model: dict[str, Any]) -> str:
     """One model of a timed run."""
     return (
         f"| {name.replace('_', ' ')} | {percent(100 * model['top1'])} | {model['parameters']:,} "
-        f"| {model['macs'] / 1e6:.2f} | {model['images_per_s']:,.0f} | {model['ratio_to_dense']:.2f}x |"
+        f"| {model['macs'] / 1e6:.2f} | {model['images_per_s']:,.0f} | {speed_cell(name, model)} |"
     )
+
+
+def speed_cell(name: str, model: dict[str, Any]) -> str:
+    """How many times as fast as the dense model, with the confidence interval of that."""
+    if name == "dense":
+        return ""
+    lower, upper = model["ratio_interval"]
+    return f"{model['ratio_to_dense']:.2f}x ({lower:.2f} to {upper:.2f})"
 
 
 def accuracy_row(text: str, arm: dict[str, Any]) -> str:

@@ -5,26 +5,26 @@ What the NOSE search costs against the naive one through the stock forward: all 
     python scripts/search_cost.py --model facebook/deit-tiny-patch16-224 --dataset PARQUET --output search_cost.json
 """
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
+from real_images import measured_on, measurement_parser
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import ViTForImageClassification
 
 from hf_nose import NoseViTForImageClassification, select_attention_layers
 from hf_nose.criteria import CRITERIA, Evidence
-from hf_nose.data import load_image_data
+from hf_nose.devices import stopwatch
+from hf_nose.evaluation import evaluation_images
 from hf_nose.files import write_json
-from hf_nose.images import ImageBatches, ImageDataset, load_processor
+from hf_nose.images import load_processor
 from hf_nose.profiling import hardware
-from hf_nose.records import public_id
 
 
 # Options of `select_attention_layers`; `{}` is the prefix cache alone. The cache's size comes from the command line.
@@ -43,15 +43,13 @@ ARMS: dict[str, dict[str, Any]] = {
         "bf16": True,
     },
 }
+# What is asked: of the naive search's time, with and without a race, and of TE in nats.
+SEARCH_BOUND, RACE_BOUND, TE_BOUND = 0.60, 0.25, 1e-3
 
 
 def main(argv: list[str] | None = None) -> int:
     """Times the searches, compares their scores."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hub id or folder of a ViT")
-    parser.add_argument("--dataset", required=True, help="images, see hf-nose run")
-    parser.add_argument("--base_model_id", help="public name of the model")
-    parser.add_argument("--dataset_id", help="public name of the data set")
+    parser = measurement_parser(__doc__)
     parser.add_argument("--num_removed", type=int, default=5, help="layers to pick")
     parser.add_argument("--num_calibration", type=int, default=256, help="images to search on")
     parser.add_argument("--batch_size", type=int, default=16, help="images a forward")
@@ -60,19 +58,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--state_cache_gib", type=float, default=4.0, help="block inputs kept between rounds, in arms that do"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the images' order: a race takes a part for the whole")
     parser.add_argument("--rounds", type=int, default=3, help="times that every search is made, in turn")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args(argv)
     arms = options.arms.split(",")
     if not set(arms) <= set(ARMS):
         parser.error(f"--arms must be among {', '.join(ARMS)}, got {options.arms!r}.")
     stock = ViTForImageClassification.from_pretrained(options.model).eval().to(options.device)
     model = NoseViTForImageClassification.from_vit(stock).eval().to(options.device)
-    data = load_image_data(options.dataset, evaluation_only=True, max_eval_samples=options.num_calibration)
-    columns = data.image_column, data.label_column
-    images = ImageDataset(data.evaluation, load_processor(options.model), *columns, num_labels=model.num_labels)
-    batches = list(ImageBatches(images, options.batch_size))
+    images, _ = evaluation_images(
+        options.dataset, load_processor(options.model), model.num_labels, max_eval_samples=options.num_calibration
+    )
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(options.seed))
+    batches = [default_collate([images[int(index)] for index in part]) for part in order.split(options.batch_size)]
 
     def search(keeps: bool = False, **asked: Any) -> dict[str, Any]:
         gib = options.state_cache_gib if keeps else 0.0
@@ -90,16 +89,17 @@ def main(argv: list[str] | None = None) -> int:
         stock(batches[0]["pixel_values"].to(options.device))
     found, seconds = in_turn(searches, options.rounds, options.device)
     record = {
-        "model": public_id(options.model, options.base_model_id),
-        "dataset": public_id(options.dataset, options.dataset_id),
+        **measured_on(options),
         "num_images": len(images),
         "batch_size": options.batch_size,
+        "seed": options.seed,
         "state_cache_gib": options.state_cache_gib,
         "clock": "CPU seconds" if options.device == "cpu" else "seconds",
         "searches": {
             name: {
                 **compare(found["naive"], each),
                 "block_forwards_per_batch": each["block_forwards"] / len(batches),
+                "options": ARMS.get(name, {}),
                 "seconds": seconds[name],
                 "ratio_to_naive": statistics.median(
                     ours / naive for ours, naive in zip(seconds[name], seconds["naive"], strict=True)
@@ -114,29 +114,50 @@ def main(argv: list[str] | None = None) -> int:
     write_json(options.output, record)
     for name, each in record["searches"].items():
         print(name, {part: each[part] for part in each if part != "images"})
-    return 0
+    checks = bounds(record["searches"])
+    for text, is_kept in checks:
+        print(f"{'kept' if is_kept else 'MISSED'}: {text}")
+    return 0 if all(is_kept for _, is_kept in checks) else 1
+
+
+def bounds(searches: dict[str, dict[str, Any]]) -> list[tuple[str, bool]]:
+    """
+    Whether the searches in float32 are as cheap and as exact as is asked of them: the cheapest that is no race, and
+    the race; of all of them the same layers, and the same TE where all images were seen.
+    """
+    exact = {name: each for name, each in searches.items() if name != "naive" and "bf16" not in name}
+    found = []
+    for kind, bound in (("search", SEARCH_BOUND), ("race", RACE_BOUND)):
+        ratios = {
+            name: each["ratio_to_naive"] for name, each in exact.items() if ("racing" in name) == (kind == "race")
+        }
+        if ratios:
+            name = min(ratios, key=lambda name: ratios[name])
+            text = f"cheapest {kind}, {name}: {ratios[name]:.3f} of the naive search's time, at most {bound:.2f} asked"
+            found.append((text, ratios[name] <= bound))
+    if exact:
+        largest = max(each["largest_te_difference"] for each in exact.values())
+        text = f"TE within {largest:.1g} nats of the naive search's, {TE_BOUND:g} asked"
+        found.append((text, largest <= TE_BOUND))
+        others = [name for name, each in exact.items() if each["layers"] != searches["naive"]["layers"]]
+        found.append((f"other layers than the naive search's: {', '.join(others) or 'none'}", not others))
+    return found
 
 
 def in_turn(
     searches: dict[str, Callable[[], dict[str, Any]]], rounds: int, device: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]]]:
-    """What each search found, and its seconds in each of `rounds` rounds: A B C A B C, so that a drift hits all."""
+    """
+    What each search found, and its seconds in each of `rounds` rounds: A B C A B C, so that a drift hits all. On a CPU
+    they are CPU seconds of this process.
+    """
     found: dict[str, dict[str, Any]] = {}
+    watch = stopwatch(torch.device(device), time.process_time)
     seconds: dict[str, list[float]] = {name: [] for name in searches}
     for _ in range(rounds):
         for name, search in searches.items():
-            started = clock(device)
-            found[name] = search()
-            seconds[name].append(clock(device) - started)
+            seconds[name].append(watch(lambda name=name, search=search: found.update({name: search()})))
     return found, seconds
-
-
-def clock(device: str) -> float:
-    """CPU seconds of this process, or, where a GPU works, seconds after it has finished."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def compare(naive: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

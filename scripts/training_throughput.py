@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from torch import nn
 
 from hf_nose.command_line import parse_job
 from hf_nose.context import Job
+from hf_nose.devices import finish, stopwatch
 from hf_nose.files import write_json
 from hf_nose.modeling_nose_vit import NoseViTForImageClassification, nose_vit
 from hf_nose.plan import parse_layers
 from hf_nose.profiling import count_macs, hardware
 from hf_nose.records import public_id
+from hf_nose.timing import interleaved
 from hf_nose.training import NoseTrainer
 from hf_nose.transfer import start_model
 from hf_nose.transfer_settings import TransferSettings
@@ -86,18 +89,18 @@ def compare_steps(
     size = nose_vit(model).embeddings.image_size
     pixel_values = torch.randn(batch_size, 3, *size, device=device)
     labels = torch.randint(0, model.num_labels, (batch_size,), device=device)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(pairs + 2):
-        for name, found in models.items():
-            seconds[name].append(step(found, optimizers[name], pixel_values, labels, bf16))
-    # The first two rounds warm up.
-    seconds = {name: values[2:] for name, values in seconds.items()}
+    steps = {
+        name: partial(step, found, optimizers[name], pixel_values, labels, bf16) for name, found in models.items()
+    }
+    seconds = interleaved(steps, pairs, warmup=2, watch=stopwatch(device))
     ratios = {
         name: statistics.median(ours / dense for ours, dense in zip(values, seconds["dense"], strict=True))
         for name, values in seconds.items()
     }
     folded = NoseViTForImageClassification.from_vit(model, layers)
-    saved = 1 - count_macs(folded)["total"] / count_macs(model)["total"]
+    # As the steps compute them: both drop all but the class token behind the last attention.
+    dense, without = (count_macs(found, class_token_tail=True)["total"] for found in (model, folded))
+    saved = 1 - without / dense
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "pairs": pairs,
@@ -116,23 +119,13 @@ def copy_of(model: NoseViTForImageClassification) -> NoseViTForImageClassificati
 
 def step(
     model: nn.Module, optimizer: torch.optim.Optimizer, pixel_values: torch.Tensor, labels: torch.Tensor, bf16: bool
-) -> float:
-    """Seconds of one optimizer step."""
-    wait_for(pixel_values.device)
-    started = time.perf_counter()
+) -> None:
+    """One optimizer step."""
     with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=bf16):
         loss = model(pixel_values, labels=labels).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    wait_for(pixel_values.device)
-    return time.perf_counter() - started
-
-
-def wait_for(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def left_alone(model: NoseViTForImageClassification, layers: list[int], optimizer: torch.optim.Optimizer) -> bool:
@@ -160,6 +153,7 @@ def waiting(job: Job[TransferSettings], model: nn.Module, processor: Any, batche
         batch = next(iterator)
         arrived = time.perf_counter()
         step(model, optimizer, augmentation(batch["pixel_values"], number), batch["labels"], settings.bf16)
+        finish(job.device)
         if number >= 2:
             # The first two batches wait for the workers to start.
             waited, worked = waited + arrived - started, worked + time.perf_counter() - arrived

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fork_server import serve
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,11 +85,11 @@ def child(order: dict[str, Any]) -> None:
         os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     for name, value in order["environ"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    from hf_nose.cli import main
+    from hf_nose import cli
 
     code = 70
     try:
-        code = main(order["words"])
+        code = cli.main(order["words"])
     except SystemExit as ended:
         code = ended.code
     except BaseException:
@@ -97,7 +99,7 @@ def child(order: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def serve() -> None:
+def main() -> None:
     # Everything that a push imports late, so that its children find it there.
     import huggingface_hub.hf_api  # noqa: F401
     import torch
@@ -110,23 +112,8 @@ def serve() -> None:
     torch.set_num_threads(1)
     # The client's waits between its tries, half a minute in all, would only be waited for.
     _http.time = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.01))})
-    answers = os.fdopen(os.dup(1), "w")
-
-    def answer(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    answer(ready=True)
-    # Not `for line in sys.stdin`, which reads ahead: a child would share that.
-    while line := sys.stdin.readline():
-        number = os.fork()
-        if number == 0:
-            try:
-                child(json.loads(line))
-            finally:
-                os._exit(71)
-        answer(code=os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
+    serve(child, unfinished=71)
 
 
 if __name__ == "__main__":
-    serve()
+    main()

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fork_server import serve
+
 
 class Driver:
     """The test's end: starts children, knows how far they are, and how they ended."""
@@ -146,15 +148,15 @@ def child(order: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     instrument(Halt(order["halt"], order["nth"], order["halted"]), order["steps"])
-    from hf_nose.cli import main
+    from hf_nose import cli
 
-    code = main(order["arguments"])
+    code = cli.main(order["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def serve() -> None:
+def main() -> None:
     # Everything that a run imports late, so that its children find it there.
     import evaluate  # noqa: F401
     import sklearn.datasets  # noqa: F401
@@ -165,24 +167,8 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     assert transformers.Trainer
-    answers = os.fdopen(os.dup(1), "w")
-
-    def answer(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    answer(ready=True)
-    # Not `for line in sys.stdin`, which reads ahead: a child would share that.
-    while line := sys.stdin.readline():
-        number = os.fork()
-        if number == 0:
-            try:
-                child(json.loads(line))
-            finally:
-                os._exit(70)
-        answer(child=number)
-        answer(code=os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]))
+    serve(child, unfinished=70, says_child=True)
 
 
 if __name__ == "__main__":
-    serve()
+    main()

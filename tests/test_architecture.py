@@ -28,6 +28,7 @@ LAYERS = [
     "shapes",
     "published",
     "files",
+    "markdown",
     "manifests",
     "records",
     "launch",

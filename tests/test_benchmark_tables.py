@@ -7,7 +7,7 @@ import re
 import pytest
 from made_benchmark import budget, group, model, record
 
-from hf_nose.benchmark_tables import groups_csv, memory_csv, tables, write_tables
+from hf_nose.benchmark_tables import groups_csv, memory_csv, paper_figures, tables, write_tables
 from hf_nose.profiling import hardware_slug
 
 
@@ -77,13 +77,31 @@ def test_slower_is_said_in_words_too():
 
 def test_the_roofline_and_the_cost_of_slices_stand_under_the_table():
     text = tables(record([group(16)], []))
-    assert "multiplies matrices at 0.25 T MAC/s (measured at 4096 x 768 x 3072)" in text
+    rate = "multiplies matrices at 0.25 T MAC/s (the best that was measured, at 4096 x 768 x 3072; beside these models"
+    assert f"{rate} 0.25)." in text
+    better = group(1, gemm={"macs_per_s": 0.5e12, "size": [1, 2, 3]})
+    assert "at 0.5 T MAC/s (the best that was measured, at 1 x 2 x 3; beside these models 0.25)." in tables(
+        record([group(16), better, group(8, dtype="bfloat16", gemm={"macs_per_s": 9e12, "size": [1, 1, 1]})], [])
+    )
     # 1 / 0.98 - 1, and the ends of the interval change places.
     assert (
         "deit-base dense chunked takes 2.0 % more time than deit-base dense: +0.0 to +4.2 % with 95 % confidence, 20"
         in text
     )
     assert cells(text, "deit-base 50%")[8] == "50 %"
+
+
+def test_the_title_says_what_runs_a_second_time():
+    plain = [model("deit-base stock", 10.0), model("deit-base dense", 10.1)]
+    sliced, fused = model("deit-base dense chunked", 9.9), model("deit-base dense fused", 9.9, fuse_qkv=True)
+    start = "**deit-base, float32, eager, batch 16"
+    for more, end in (
+        ([], ""),
+        ([sliced], ", whole and in slices"),
+        ([fused], ", q, k and v apart and as one product"),
+    ):
+        title = tables(record([group(16, models=plain + more)], [])).splitlines()[0]
+        assert title == f"{start}{end}**"
 
 
 def test_the_paper_s_figures_stand_in_columns_of_their_own():
@@ -112,14 +130,36 @@ def test_where_the_setting_is_not_the_paper_s_its_figures_are_absent(more):
     assert "paper" not in tables(record([group() | more], []))
 
 
+@pytest.mark.parametrize(
+    ("name", "more", "is_its"),
+    [
+        ("deit-base 40%", {}, True),
+        ("deit-base-patch16-224 40%", {}, True),
+        # Of the same shape, and not DeiT; of DeiT, and another set; one's own.
+        ("vit-base-patch16-224 40%", {}, False),
+        ("deit-base 7,8,9,10,11", {"removed": [7, 8, 9, 10, 11]}, False),
+        ("deit-base mine", {"kind": "checkpoint", "removed": [0, 1, 3, 4, 6]}, False),
+        ("deit-base 40% chunked", {"removed": [0, 1, 3, 4, 6]}, False),
+    ],
+)
+def test_only_the_papers_models_get_its_figures(name, more, is_its):
+    figures = paper_figures("deit-base", model(name, **more))
+    assert figures.get("top1") == (81.8 if is_its else None)
+    # Its set is not published.
+    assert paper_figures("deit-small", model("deit-small 40%", removed=[0, 1, 2, 3, 4]))["top1"] > 70
+    assert paper_figures("my-vit", model("my-vit stock")) == {}
+
+
 def test_images_in_the_paper_s_budget():
-    text = tables(record([], [budget()]))
+    for more in ({"attention": "sdpa"}, {"dtype": "bfloat16", "attention": "eager"}):
+        assert "paper" not in tables(record([], [budget() | more]))
+    text = tables(record([], [budget(attention="eager")]))
     assert "images in 9537 MiB" in text
     assert cells(text, "deit-base stock") == ["deit-base stock", "600", "1.00", "330", "15550", "606", "1.00"]
     assert cells(text, "deit-base dense chunked")[1:3] == ["2000", "3.33"]
     assert cells(text, "deit-base dense chunked")[-2:] == ["", ""]
     assert cells(text, "deit-base 40%")[-2:] == ["730", "1.20"]
-    assert "paper" not in tables(record([], [budget(2**30)]))
+    assert "paper" not in tables(record([], [budget(2**30, attention="eager")]))
 
 
 def test_a_model_of_which_nothing_fits():

@@ -19,6 +19,10 @@ from cifar10_plans import NUM_RANDOM, PAPER, PLANS, SHORT  # noqa: E402
 from cifar10_summary import best_arm, page, summary, unpacked, verdicts  # noqa: E402
 
 from hf_nose.command_line import parse_settings  # noqa: E402
+from hf_nose.evaluation import evaluation_images  # noqa: E402
+from hf_nose.images import ImageBatches, load_processor  # noqa: E402
+from hf_nose.metrics import evaluate_model  # noqa: E402
+from hf_nose.weights import load_classifier  # noqa: E402
 
 
 ARMS = ["nose-one-shot", "dense-trained-on", "nose-dilution-compensated", "first-one-shot"]
@@ -43,7 +47,7 @@ def options(tmp_path_factory):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "data" / f"{name}.parquet")
     return [
         f"--model={folder / 'vit'}", f"--dataset={folder / 'data'}", f"--work_dir={folder / 'work'}",
-        f"--results={folder / 'results'}", "--num_train=48", "--image_size=32", "--dense_epochs=1", "--epochs=1",
+        f"--results={folder / 'results'}", "--num_train=48", "--image_size=32", "--dense_epochs=2", "--epochs=1",
         "--seeds=0,1", f"--arms={','.join(ARMS)}",
     ], folder / "results"  # fmt: skip
 
@@ -65,9 +69,25 @@ def test_every_arm_of_every_seed_leaves_a_record(results):
     assert set(results) == {"summary", *(f"{arm}-seed{seed}" for arm in ["dense", *ARMS] for seed in (0, 1))}
     for name, record in results.items():
         if name != "summary":
-            assert record["num_images"] == 37 and record["training"]["steps"] == 4
+            assert record["num_images"] == 37 and record["training"]["steps"] == (8 if record["arm"] == "dense" else 4)
             assert unpacked(record).mean() == pytest.approx(record["top1"])
             assert "hostname" not in json.dumps(record) and "/" not in record["model"].replace("facebook/", "")
+
+
+def test_what_masking_alone_leaves_is_measured(options, results):
+    """In the dense model of the seed, on the test images, with the layers of the arm masked."""
+    found = results["first-one-shot-seed1"]
+    folder = options[1].parent
+    masked = load_classifier(folder / "work" / "seed1" / "dense" / "model")
+    with masked.masked_attention(found["layers"]):
+        top1 = evaluate_checkpoint_of(masked, folder)
+    assert found["masked_untrained_top1"] == top1
+
+
+def evaluate_checkpoint_of(model, folder):
+    """Top-1 of a model on the test images."""
+    images, _ = evaluation_images(str(folder / "data"), load_processor(folder / "vit"))
+    return evaluate_model(model, ImageBatches(images, 8), "cpu")["top1"]
 
 
 def test_arms_differ_in_what_they_say(results):

@@ -104,6 +104,26 @@ def test_a_compressed_model_meets_a_dense_one_of_its_shape(compressed):
     assert [item.num_parameters() for item in group] == [count_parameters(model) for model in (stock, dense, own)]
 
 
+def test_layers_are_taken_from_a_dense_nose_vit_too(folder, compressed, tmp_path):
+    path = tmp_path / "dense-nose"
+    NoseViTForImageClassification.from_vit(folder).save_pretrained(path)
+    (group,) = contenders([str(path), compressed], ["0,2"]).values()
+    assert [(item.name, item.removed) for item in group] == [
+        ("dense-nose stock", ()),
+        ("dense-nose dense", ()),
+        ("dense-nose", ()),
+        ("dense-nose 0,2", (0, 2)),
+        # What has lost layers stays as it is.
+        ("tiny-nose", ()),
+    ]
+    assert group[3].build(CPU, torch.float32, "sdpa").config.removed_attention_layers == [0, 2]
+
+
+def test_layers_that_nobody_has_to_give(compressed):
+    with pytest.raises(ValueError, match="removed 40%: none of tiny-nose is dense. Leave it out"):
+        contenders([compressed], ["40%"])
+
+
 def test_random_weights_are_the_same_every_time():
     state = torch.get_rng_state()
     first, second = (stock_model("deit-tiny").vit.layers[3].mlp.fc1.weight for _ in range(2))

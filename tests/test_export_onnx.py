@@ -132,7 +132,10 @@ def test_without_the_extra_it_says_what_to_install(missing, monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_real_weights_on_real_images(deit_tiny, imagenet, tmp_path):
-    """DeiT-T folded (five layers, all doubling before): parity at batch 1, 3, 16; int8 loses at most a point."""
+    """
+    DeiT-T folded (five layers, all doubling before): parity at batch 1, 3, 16; int8 loses at most a point of one
+    folded without its first pick, which is still accurate untrained.
+    """
     from hf_nose.data import load_image_data
     from hf_nose.images import ImageBatches, ImageDataset, load_processor
     from hf_nose.metrics import evaluate_model
@@ -148,10 +151,13 @@ def test_real_weights_on_real_images(deit_tiny, imagenet, tmp_path):
     export_onnx(folded, tmp_path / "folded.onnx")
     found = check_onnx(folded, tmp_path / "folded.onnx", [pixels[:1], pixels[:3], pixels])
     assert max(found.values()) <= 1e-5
-    export_onnx(dense, tmp_path / "dense.onnx")
-    quantize_onnx(tmp_path / "dense.onnx", tmp_path / "int8.onnx")
+    dense.dilute([3], feature_compensation=False)
+    dense.set_mask(0.0)
+    export_onnx(fold(dense), tmp_path / "without.onnx")
+    quantize_onnx(tmp_path / "without.onnx", tmp_path / "int8.onnx")
     images = ImageBatches(rows, 50)
     accuracy = [
-        evaluate_model(OnnxClassifier(tmp_path / name), images, "cpu")["top1"] for name in ("dense.onnx", "int8.onnx")
+        evaluate_model(OnnxClassifier(tmp_path / name), images, "cpu")["top1"]
+        for name in ("without.onnx", "int8.onnx")
     ]
     assert accuracy[0] > 0.75 and accuracy[1] >= accuracy[0] - 0.01

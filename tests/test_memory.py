@@ -28,7 +28,7 @@ def test_the_search_finds_what_counting_finds(weights, an_image, budget, first, 
         tried.append(images)
         return int(weights + an_image * images**bend)
 
-    found = largest_batch(peak_at, budget, first)
+    found = largest_batch(peak_at, budget, first, weights)
     images = 0
     while (
         weights + an_image * (images + 1) ** bend < budget + 1
@@ -47,7 +47,7 @@ def test_the_search_needs_no_figures_from_a_device_that_refuses(fits, first):
         tried.append(images)
         return 1000 if images <= fits else None
 
-    assert largest_batch(peak_at, 1000, first) == fits
+    assert largest_batch(peak_at, 1000, first, 0) == fits
     assert max(tried) <= max(first, 4 * fits)
     assert len(tried) < 40
 
@@ -60,8 +60,30 @@ def test_the_search_takes_few_forwards_where_memory_is_a_line():
         # 330 MiB of weights, 7.9 MiB an image, and some noise.
         return int((330 + 7.9 * images + 0.5 * (images % 3)) * MIB)
 
-    assert largest_batch(peak_at, 1024 * MIB, 8) == 87
+    assert largest_batch(peak_at, 1024 * MIB, 8, 330 * MIB) == 87
     assert len(tried) <= 6 and max(tried) <= 100
+
+
+@given(st.integers(9, 400), st.lists(st.floats(0, 8), min_size=8, max_size=8))
+def test_the_search_hardly_passes_the_budget(fits, noise):
+    """Else it would be killed where the budget is what the machine has: memory is taken before it is measured."""
+    tried = []
+
+    def peak_at(images):
+        tried.append(images)
+        # 330 MiB of weights, 20 of scratch memory, 7.9 an image, and a few more or less.
+        return int((330 + 20 + 7.9 * images + noise[len(tried) % 8]) * MIB)
+
+    budget = int((350 + 7.9 * fits) * MIB)
+    found = largest_batch(peak_at, budget, 8, 330 * MIB)
+    assert fits - 2 <= found <= fits
+    assert 350 + 7.9 * max(tried) < 1.15 * budget / MIB
+
+
+def test_a_search_that_takes_too_long_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("hf_nose.memory.PROBE_SECONDS", 0.01)
+    with pytest.raises(RuntimeError, match="memory of dense took longer than 0.01 seconds: give a smaller"):
+        probe(DENSE, 1, CPU, "float32", "sdpa", 1)
 
 
 def test_a_peak_measured_wrongly_does_not_fill_the_machine():
@@ -72,13 +94,13 @@ def test_a_peak_measured_wrongly_does_not_fill_the_machine():
         # Eight and thirty-two images look alike: the line through them never meets the budget.
         return 1000 + (images if images > 32 else images // 8)
 
-    assert largest_batch(peak_at, 3000, 8) == 2000
+    assert largest_batch(peak_at, 3000, 8, 1000) == 2000
     assert all(guess <= 4 * max(tried[:number]) for number, guess in enumerate(tried) if number)
 
 
 def test_nothing_fits():
-    assert largest_batch(lambda images: 2000, 1000, 8) == 0
-    assert largest_batch(lambda images: None, 1000, 1) == 0
+    assert largest_batch(lambda images: 2000, 1000, 8, 500) == 0
+    assert largest_batch(lambda images: None, 1000, 1, 500) == 0
 
 
 def test_the_peak_is_of_this_process_and_since_the_reset():

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_nose import NoseViTConfig, NoseViTForImageClassification
-from hf_nose.profiling import count_macs, count_parameters, hardware
+from hf_nose.profiling import count_macs, count_parameters, hardware, macs_by_part
 from hf_nose.shapes import formula_macs
 
 
@@ -101,6 +101,18 @@ def test_macs_reproduce_the_published_rows(table, method, size, removed):
 def test_published_row_that_is_known_not_to_be_reproduced():
     gmacs = count_macs(deit("B", removed_attention_layers=[0, 1, 3, 4, 6, 9]))["total"] / 1e9
     assert (round(gmacs, 2), published_gmacs("1", "NOSE 50%", "B")) == (14.43, 14.5)
+
+
+def test_macs_by_part():
+    found = count_macs(deit("T", removed_attention_layers=[2]))
+    parts = macs_by_part(found["by_module"])
+    tokens, width = 197, 192
+    assert sum(parts.values()) == found["total"]
+    assert parts["attention"] == 11 * (4 * tokens * width**2 + 2 * tokens**2 * width)
+    assert parts["mlp"] == 12 * 8 * tokens * width**2
+    # Two norms a block, one where attention is gone, and the last.
+    assert parts["norms"] == (11 * 2 + 1 + 1) * 5 * tokens * width
+    assert parts["embeddings"] == 196 * 3 * 16**2 * width and parts["head"] == width * 1000
 
 
 def small_model(**fields):

@@ -371,6 +371,14 @@ def test_images_seen_before_the_smallest_look_drop_nobody():
     assert min(found.trace[0]["images"].values()) >= MIN_IMAGES
 
 
+def test_a_race_on_batches_of_one_image():
+    """One image has no deviation, so nothing is told from it."""
+    ones = [{"pixel_values": batch["pixel_values"][:1]} for batch in batches()]
+    for few in (ones[:1], ones):
+        race = select_attention_layers(nose(), few, 2, search="racing")
+        assert race.layers == select_attention_layers(nose(), few, 2).layers
+
+
 def test_json_round_trip(tmp_path):
     found = select_attention_layers(nose(), batches((16,) * 8), 2, search="racing")
     found.to_json(tmp_path / "selection.json")

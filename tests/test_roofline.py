@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_nose.roofline import gemm_rate, gemm_share
+from hf_nose.roofline import gemm_rate, update_shares
 
 
 CPU = torch.device("cpu")
@@ -32,5 +32,13 @@ def test_on_this_machine():
     assert 1e8 < found["macs_per_s"] < 1e15
 
 
-def test_the_share():
-    assert gemm_share(images_per_s=20.0, macs=17_000_000_000, macs_per_s=680e9) == 0.5
+def entry(dtype, images_per_s, macs_per_s):
+    models = [{"images_per_s": images_per_s, "macs_computed": 17_000_000_000}]
+    return {"dtype": dtype, "gemm": {"macs_per_s": macs_per_s, "size": [1, 1, 1]}, "models": models}
+
+
+def test_shares_are_of_the_best_rate_of_the_data_type():
+    groups = [entry("float32", 20.0, 680e9), entry("float32", 10.0, 340e9), entry("bfloat16", 40.0, 1360e9)]
+    groups.append({"dtype": "float32", "models": [{"peak_bytes": 1}]})
+    update_shares(groups)
+    assert [group["models"][0].get("gemm_share") for group in groups] == [0.5, 0.25, 0.5, None]
