@@ -82,7 +82,7 @@ def completed_card(text: str, base_model: str | None, architecture: str) -> str:
     """
     try:
         card = ModelCard(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ValueError(f"The metadata of {CARD} are not plain YAML: {error}") from error
     facts = {"library_name": LIBRARY, "base_model": base_model}
     facts["pipeline_tag"] = next((task for end, task in TASKS.items() if architecture.endswith(end)), None)
@@ -100,7 +100,8 @@ def addressed_card(text: str, repo_id: str, revision: str | None = None) -> str:
     """A card whose lines of code load `repo_id`, of a variant its `revision`, where they said `YOUR_NAME/...`."""
     filled = text
     if revision not in (None, "main"):
-        filled = re.sub(rf'"{PLACE.pattern}"(?!, revision=)', rf"\g<0>, revision={json.dumps(revision)}", filled)
+        added = f", revision={json.dumps(revision, ensure_ascii=False)}"
+        filled = re.sub(rf'"{PLACE.pattern}"(?!, revision=)', lambda found: found[0] + added, filled)
     return remarked(PLACE.sub(repo_id, filled), text)
 
 

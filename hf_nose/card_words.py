@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .card_text import NOBODY
-from .report import escape, headline
+from .markdown import escape, table
+from .report import duration, headline, times
 
 
 # What is known without asking the Hub.
@@ -48,7 +49,8 @@ def licence(record: dict[str, Any]) -> str | None:
     if record["license"] is not None:
         return record["license"]
     # What others trained from the base may carry another one.
-    return None if record["trained_by"] == "authors" else LICENCES.get(record["base_model_id"])
+    is_ours = record["trained_by"] in ("us", "nobody")
+    return LICENCES.get(record["base_model_id"]) if is_ours else None
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -167,9 +169,10 @@ def notes(record: dict[str, Any]) -> list[str]:
             f"{escape(hardware['dtype'])}, batches of {throughput['batch_size']}, the models in turns in one process."
         )
         if compressed:
-            ratio = compressed["ratio_to_dense"]
-            faster = "faster than" if round(ratio, 2) > 1 else "not faster than"
-            lines.append(f"The compressed model is {faster} the dense one there: {ratio:.2f} times its images/s.")
+            lines.append(
+                f"The compressed model is {compressed['verdict'].partition(':')[0]} than the dense one there: "
+                f"{times(compressed)} its images/s."
+            )
     elif record["counted"] is not None and record["experiment"] is None:
         lines.append("Ours: parameters and MACs counted from the configuration; nothing was run.")
     if published is not None:
@@ -192,7 +195,7 @@ def training(record: dict[str, Any]) -> list[str]:
         lines += [f"- {escape(note)}" for note in data["notes"]]
     if "dilution" in records:
         dilution = records["dilution"]
-        lines.append(f"- Trained while M falls: {dilution['steps']} steps, {dilution['seconds']:.0f} s.")
+        lines.append(f"- Trained while M falls: {duration(dilution)}.")
         if dilution["control"] is not None:
             lines.append(f"- Dense model trained on beside it: {dilution['control']['steps']} steps.")
     settings = {name: record["settings"].get(name) for name in TOLD} if record["settings"] else {}
@@ -294,5 +297,4 @@ def listed(layers: Sequence[int]) -> str:
 def rows_of(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, the first row its head, numbers to the right; its cells come escaped."""
     head, *body = rows
-    align = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, align, *body))
+    return "\n".join(table(head, body))

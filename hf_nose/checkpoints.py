@@ -60,3 +60,17 @@ def latest_whole_checkpoint(folder: Path) -> Path | None:
 def checkpoint_record(checkpoint: Path) -> dict[str, Any]:
     """What was recorded in the manifest of `checkpoint`."""
     return read_json(checkpoint / MANIFEST_NAME)
+
+
+def check_resume(checkpoint: Path, world_size: int, threads: int) -> None:
+    """Warns where `checkpoint` was trained with other threads; `ValueError` where by other processes or GPUs."""
+    record = checkpoint_record(checkpoint)
+    if record["world_size"] != world_size:
+        raise ValueError(
+            f"Training ran on {record['world_size']} processes or GPUs and cannot go on with {world_size}: a step "
+            "would take other images, and an epoch other steps. Resume with as many, or start anew with --overwrite."
+        )
+    if record["threads"] != threads:
+        logger.warning(
+            f"Resuming with threads = {threads} what ran with {record['threads']}: some bits of the result differ."
+        )

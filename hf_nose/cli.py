@@ -143,15 +143,12 @@ def run_words(verb: str, arguments: list[str]) -> tuple[bool, Path, Path]:
 
         job = transfer_job(options)
         return job.is_main, job.folder, job.folder / RECORDS["transfer"]
-    parser = argparse.ArgumentParser(prog=f"hf-nose {verb}", add_help=False, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, nargs="?")
-    folder, flags = parser.parse_known_args(arguments)
-    if folder.folder is None:
-        raise ValueError(f"Give the folder of a run: hf-nose {verb} DIR [settings].")
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError(f"Give the folder of a run first: hf-nose {verb} DIR [settings].")
     from .run import folder_settings, rerun_stage
 
-    base = folder_settings(folder.folder)
-    flags += ["--output_dir", str(folder.folder)]
+    base = folder_settings(Path(arguments[0]))
+    flags = [*arguments[1:], "--output_dir", arguments[0]]
     run = rerun_stage(parse_settings(flags, prog=f"hf-nose {verb} DIR", base=base), verb)
     return run.is_main, run.folder, run.folder / RECORDS[verb]
 

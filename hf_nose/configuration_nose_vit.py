@@ -120,7 +120,8 @@ class NoseViTConfig(BackboneConfigMixin, ViTConfig):
         values = config.to_dict()
         for name in ("model_type", "architectures", "auto_map", "transformers_version", "hf_nose_version"):
             values.pop(name, None)
-        values["out_features"] = fields.pop("out_features", values.get("out_features"))
+        own = None if "out_indices" in fields else values.get("out_features")
+        values["out_features"] = fields.pop("out_features", own)
         for name in ("out_indices", "stage_names"):
             values.pop(name, None)
         if "num_labels" in fields:

@@ -28,6 +28,7 @@ from .mixing import Mixing
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
 from .optimization import check_data_size, check_precision
 from .options import Options
+from .processes import whole_weights
 from .records import RECORDS
 from .settings import Settings
 from .streams import ImageStream, LabelledImages
@@ -193,10 +194,11 @@ class Job(Generic[Options]):
         return model
 
     def save(self, name: str, model: NoseViTForImageClassification, processor: PilBackend | None = None) -> None:
-        """Writes a model and its image processor into the run's folder, whole or not at all."""
+        """Writes a model and its image processor into the run's folder, whole or not at all; all ranks come here."""
+        weights = whole_weights(model)
         if self.is_main:
             with whole_folder(self.folder / name) as staging:
-                model.save_pretrained(staging)
+                model.save_pretrained(staging, state_dict=weights)
                 (self.processor if processor is None else processor).save_pretrained(staging)
         self.state.wait_for_everyone()
 

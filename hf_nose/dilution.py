@@ -73,7 +73,12 @@ class DilutionCallback(TrainerCallback):
                 f"schedule='one_shot' removes at once, as f = x, but layers {sorted(compensated)} use feature "
                 "compensation: dilute them with feature_compensation=False."
             )
-        self.masks_at(0, len(config.diluted_attention_layers), args, state, train_dataloader)
+        masks = self.masks_at(0, len(config.diluted_attention_layers), args, state, train_dataloader)
+        if compensated and 0.0 in masks:
+            raise ValueError(
+                "M would be 0 from the first step on, which goes without feature compensation only: make the decay "
+                "longer, count it in steps, or dilute with feature_compensation=False."
+            )
 
     def on_step_begin(
         self,

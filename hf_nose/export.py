@@ -19,7 +19,7 @@ from .card_records import export_card
 from .card_text import CARD, completed_card, marked, own_card
 from .configuration_nose_vit import NoseViTConfig
 from .export_source import ExportSource, check_hub_id, open_source
-from .files import read_json, whole_folder, write_text
+from .files import put_back, read_json, whole_folder, write_text
 from .privacy import check_publishable
 from .records import Records
 from .remote_code import auto_map, copy_travelling_files
@@ -73,7 +73,8 @@ def export_folder(
 
     Raises:
         `ValueError`: where the source is no checkpoint or leads out of its folder, its weights do not fit its
-            configuration, the output folder is in use, an id is no Hub id, or a file would hold a path or a token.
+            configuration, the output folder is in use, an id is no Hub id or would have no say, or a file would hold a
+            path or a token.
         `OSError`: naming the path, where the disk is full or the folder cannot be written.
     """
     opened = open_source(source)
@@ -87,6 +88,11 @@ def export_folder(
         dataset = known_id(dataset_id, opened.records, "data", "dataset_id")
         write_eval_results(folder, opened.records, dataset, task_id)
         brought = opened.card() if card is None else None
+        if brought is not None and dataset_id is not None and task_id is None:
+            raise ValueError(
+                f"dataset_id {dataset_id} would have no say: the checkpoint brings its own card, which stays. Leave "
+                "dataset_id out."
+            )
         card = card or partial(export_card, name=opened.name, dataset_id=dataset)
         text = completed_card(brought, base, type(model).__name__) if brought is not None else None
         write_text(folder / CARD, text or marked(card(folder, model.config, opened.records, base)))
@@ -108,13 +114,15 @@ def exported(
     output = Path(output_dir)
     if source.model.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"output_dir {output} holds the model that is exported: name another folder.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # With the card in it that somebody may have written.
+    put_back(output)
     names = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if names and not (names == {CARD} and own_card(output)):
         if not overwrite:
             raise ValueError(f"output_dir {output} is not empty: replace it by overwrite, or name another folder.")
         if not (output / marker).is_file():
             raise ValueError(f"output_dir {output} is no earlier export (no {marker}): name another folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     own = own_card(output)
     with whole_folder(output) as folder:
         yield folder

@@ -44,7 +44,7 @@ def export_parser() -> argparse.ArgumentParser:
     onnx.add_argument("--image_column", help="column of images")
     onnx.add_argument("--label_column", help="column of labels")
     onnx.add_argument("--max_eval_samples", type=int, help="a sample of so many images")
-    onnx.add_argument("--eval_batch_size", type=int, default=32, help="images a forward")
+    onnx.add_argument("--eval_batch_size", type=int, help="images a forward, 32 by default")
     return parser
 
 
@@ -62,6 +62,7 @@ def parse_export(arguments: Sequence[str]) -> argparse.Namespace:
         ("image_column", ("onnx",), "dataset"),
         ("label_column", ("onnx",), "dataset"),
         ("max_eval_samples", ("onnx",), "dataset"),
+        ("eval_batch_size", ("onnx",), "dataset"),
     ):
         if getattr(options, name) in (None, False):
             continue
@@ -106,7 +107,8 @@ def export(arguments: Sequence[str]) -> None:
         from .export_onnx_folder import export_onnx_folder
 
         names = ("int8", "dataset", "eval_split", "image_column", "label_column", "max_eval_samples")
-        measure = {name: getattr(options, name) for name in (*names, "eval_batch_size")}
+        measure = {name: getattr(options, name) for name in names}
+        measure |= {"eval_batch_size": options.eval_batch_size} if options.eval_batch_size else {}
         export_onnx_folder(options.model, output, **shared, **measure)
     files = sizes(output)
     if options.json:

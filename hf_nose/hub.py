@@ -152,7 +152,7 @@ def push_folder(
         )
     names = [file.rfilename for file in there.siblings or []]
     is_kept = CARD in names and not is_own(card) and is_own_there(api, repo_id, str(there.sha))
-    stale = [name for name in names if name not in files and any(fnmatch(name, pattern) for pattern in STALE)]
+    stale = [name for name in names if name not in files and is_stale(name)]
     operations = additions(folder, files, None if is_kept else addressed_card(card, repo_id, variant))
     with calling("sending the files", repo_id):
         done = api.create_commit(
@@ -166,6 +166,11 @@ def push_folder(
     page = done.pr_url if opened is None else opened.url
     branch = done.pr_revision or revision or "main"
     return Push(repo_id, branch, done.oid, str(done.commit_url), page, files, done.oid != there.sha, is_kept)
+
+
+def is_stale(name: str) -> bool:
+    """Whether a file is in `STALE`: at the top of the repository, whence checkpoints are loaded, not below."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in STALE)
 
 
 def check_push(folder: Path, repo_id: str, create_pr: bool, revision: str | None) -> dict[str, int]:
@@ -188,8 +193,11 @@ def check_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != NoseViTConfig.model_type:
         return
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict) or not all(isinstance(reference, str) for reference in auto_map.values()):
+        raise ValueError(f"auto_map in config.json of {folder} must be names by class, got {auto_map!r}.")
     # `OWNER/NAME--FILE.CLASS` is the code of another repository.
-    named = {reference.split("--")[-1].split(".")[0] for reference in config.get("auto_map", {}).values()}
+    named = {reference.split("--")[-1].split(".")[0] for reference in auto_map.values()}
     missing = sorted(f"{name}.py" for name in named if not (folder / f"{name}.py").is_file())
     if missing or not named:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from .conversion_nose_vit import unsupported
 from .distillation import check_blocks, check_pair
 from .images import digits_processor, load_processor
 from .modeling_nose_vit import NoseViTForImageClassification
+from .options import Options
 from .settings import Settings
 from .weights import load_classifier
 
@@ -39,13 +41,25 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
         if not settings.dense_steps and not settings.dry_run:
             raise ValueError("A model from a configuration has random weights: set dense_steps to train it first.")
         return NoseViTForImageClassification(config), processor
-    model = load_classifier(settings.model, **depth)
-    if count is not None and count != model.num_labels:
+    if count is not None and not has_head(settings.model):
+        depth["num_labels"] = count
+        check_head(settings, "no head", count)
+    # Weights of half precision would be trained without loss scaling.
+    model = load_classifier(settings.model, **depth).float()
+    if "num_labels" in depth:
+        name_classes(model.config, class_names or [])
+    elif count is not None and count != model.num_labels:
         model = new_head(model, settings, class_names or [])
     return model, load_processor(settings.model)
 
 
-def stochastic_depth(settings: Settings) -> dict[str, Any]:
+def has_head(model: str) -> bool:
+    """Whether the configuration of a checkpoint says that it is a classifier."""
+    names = AutoConfig.from_pretrained(model).architectures or []
+    return not names or any(name.endswith("ForImageClassification") for name in names)
+
+
+def stochastic_depth(settings: Options) -> dict[str, Any]:
     """Its fields of the model's configuration."""
     return {name: getattr(settings, name) for name in ("drop_path_rate", "drop_path_schedule")}
 
@@ -70,15 +84,45 @@ def new_head(
     model: NoseViTForImageClassification, settings: Settings, class_names: list[str]
 ) -> NoseViTForImageClassification:
     """The model with a new head for the data set's classes, which has to be trained."""
-    if not settings.dense_steps:
-        raise ValueError(
-            f"The model has {model.num_labels} classes, the data set {len(class_names)}: the new head has "
-            "random weights. Set dense_steps to train it first."
-        )
+    check_head(settings, f"{model.num_labels} classes", len(class_names))
     depth = stochastic_depth(settings)
     model = NoseViTForImageClassification.from_vit(model, num_labels=len(class_names), **depth)
     name_classes(model.config, class_names)
     return model
+
+
+def check_head(settings: Settings, has: str, count: int) -> None:
+    """`ValueError` where a new head, needed because of what the model has, would not be trained."""
+    if not settings.dense_steps:
+        raise ValueError(
+            f"The model has {has}, the data set {count}: the new head has random weights. Set dense_steps to train it "
+            "first."
+        )
+
+
+def other_names(config: NoseViTConfig, class_names: list[str] | None) -> str | None:
+    """A note where the model calls its classes otherwise than the data set does; as many of them have the same ids."""
+    if class_names is None:
+        return None
+    names: dict[Any, str] = dict(config.id2label or {})
+    for label, name in enumerate(class_names):
+        known = names.get(label)
+        # A model that was given no names calls them LABEL_0, ...
+        if known is not None and known not in (name, f"LABEL_{label}"):
+            return f"Class {label} is {known!r} to the model, {name!r} in the data set: its head and names are kept."
+    return None
+
+
+def check_plan(settings: Settings, config: NoseViTConfig) -> None:
+    """`ValueError` where what is planned for later stages cannot be, before anything is trained for them."""
+    _, count = planned_layers(settings, config)
+    kept = config.num_hidden_layers - len(config.removed_attention_layers)
+    if "evaluate" in settings.stage_list and settings.random_controls > math.comb(kept, count):
+        raise ValueError(
+            f"random_controls must be at most {math.comb(kept, count)}, the sets of {count} among {kept} layers, got "
+            f"{settings.random_controls}."
+        )
+    settings.check_decay(count)
 
 
 def name_classes(config: NoseViTConfig, class_names: list[str]) -> None:

@@ -13,14 +13,16 @@ TOPS = (
     "home|root|Users|Volumes|tmp|var|mnt|media|opt|srv|etc|usr|private|scratch|work|workspace|workspaces|data|datasets"
     "|content|kaggle|proc|dev|run|lustre|gpfs|nfs"
 )
-BEFORE = r"(?<![\w.:/<~-])"
+BEFORE = r"(?<![\w./<~-])"
 LONG = {
     "an absolute path": rf"{BEFORE}/(?:{TOPS})/[\w.@-]+",
     "an access token": r"\bhf_[A-Za-z0-9]{30,}",
+    "the address of a file": r"\bfile:/+[\w.@-]",
 }
 # So short that chance puts them into compressed pixels.
 SHORT = {
-    "an absolute path": r"\b[A-Z]:\\[\w.@-]+",
+    # In JSON a backslash is two.
+    "an absolute path": r"\b[A-Za-z]:\\{1,2}[\w.@-]+",
     "a path that leads out of the folder": r"(?<![\w.])\.\./|(?<![\w~])~/",
 }
 # Chance puts anything into numbers; what else such files hold is written by this package.

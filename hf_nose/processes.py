@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 Batch = Mapping[str, torch.Tensor]
@@ -66,3 +68,16 @@ def merge_across_processes(
 def agree(found: Any) -> Any:
     """The first process's `found`, on all: what is decided in floating point may differ in the last bit elsewhere."""
     return gather_object([found])[0]
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor] | None:
+    """
+    The weights of a model whose parameters are sharded over the ranks, which all have to ask for them, on the CPU;
+    `None` where every rank has them whole.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    state = model.state_dict()
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu() for name, tensor in state.items()
+    }

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .card_text import CARD, own_card
-from .files import read_json, write_text
+from .files import put_back, read_json, write_text
 from .records import RECORDS
 from .verbs import JSON_HELP, say_json, verb_parser
 
@@ -94,6 +94,7 @@ def exported(run: Path, form: str = "hf", is_kept: bool = True) -> Iterator[Path
     is sent as it is, with whatever was written into its card; where there is none it is made, and kept or not.
 
     Raises:
+        `ValueError`: for another format than a checkpoint's own.
         [`~hf_nose.hub.PushError`]: where an export was made around a card that somebody had written for an earlier
             one, of another result of the run. The next push sends it.
     """
@@ -101,6 +102,11 @@ def exported(run: Path, form: str = "hf", is_kept: bool = True) -> Iterator[Path
     from .hub import PushError
 
     own = run / "export" / form
+    if form != "hf" and (run / "config.json").is_file():
+        raise ValueError(
+            f"format {form} belongs to a run: push {run} without it, or export it as {form} and push that."
+        )
+    put_back(own)
     found = [folder for folder in (run, own) if (folder / "config.json").is_file()]
     check_inside(iter(found), run)
     if found:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .distillation import describe
 from .figures import MODEL_NAMES
 from .files import write_text
+from .markdown import escape, table
 from .records import STAGE_RECORDS, Records, public_name, read_records
 
 
@@ -93,8 +92,8 @@ def headline(records: Records) -> list[str]:
     What was gained and what was lost, a sentence each, from metrics.json alone; without a measured compressed model,
     that there is none and what was selected.
 
-    The loss is told against the dense model of equal total steps where one was trained. At a ratio of 1.00 or less the
-    first sentence says "not faster".
+    The loss is told against the dense model of equal total steps where one was trained. The first sentence says "not
+    faster" unless the whole confidence interval of the ratio lies above 1, see [`~timing.verdict`].
     """
     models = records["metrics"]["models"] if "metrics" in records else {}
     if "compressed" not in models:
@@ -103,8 +102,7 @@ def headline(records: Records) -> list[str]:
             return [first, "No attention layer has been selected either."]
         return [first, f"Selected for removal: attention layers {_layers(records['selection']['layers'])}."]
     dense, compressed = models["dense"], models["compressed"]
-    ratio = compressed["ratio_to_dense"]
-    speed = f"{'faster' if round(ratio, 2) > 1 else 'not faster'}, at {ratio:.2f} times the dense model's images/s"
+    speed = f"{compressed['verdict'].partition(':')[0]}, at {times(compressed)} the dense model's images/s"
     gained = (
         f"Gained: {_millions(dense['parameters'])} M parameters become {_millions(compressed['parameters'])} M "
         f"({_change(dense['parameters'], compressed['parameters'])}), {_macs(dense['macs'])} MACs become "
@@ -125,10 +123,10 @@ def headline(records: Records) -> list[str]:
     return [gained, lost]
 
 
-def escape(text: str) -> str:
-    """Text from outside (labels, names of data sets and models) as plain words in Markdown, inside a table too."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", text)
+def times(model: dict[str, Any]) -> str:
+    """How many times as many images/s as the dense model, with the confidence interval of that."""
+    lower, upper = model["ratio_interval"]
+    return f"{model['ratio_to_dense']:.2f} times (confidence interval {lower:.2f} to {upper:.2f})"
 
 
 def _title(records: Records) -> str:
@@ -151,7 +149,7 @@ def _comparison(records: Records) -> list[str]:
         return []
     throughput = records["metrics"]["throughput"]
     return [
-        *_table(("model", *COLUMNS), _model_rows(records)),
+        *table(("model", *COLUMNS), _model_rows(records)),
         "",
         f"All models saw the same images. Images/s: median (and quartiles) of {throughput['rounds']} rounds at batch "
         f"{throughput['batch_size']}, the models taking turns in one process; speed: median of the ratios to the "
@@ -184,7 +182,7 @@ def _controls(records: Records) -> list[str]:
         for control in controls
     ]
     note = "What the choice of layers is worth before training: the dense model with these layers masked."
-    return [note, "", *_table(("layers masked", "which", *COLUMNS[:3]), rows)] if rows else []
+    return [note, "", *table(("layers masked", "which", *COLUMNS[:3]), rows)] if rows else []
 
 
 def _search(records: Records) -> list[str]:
@@ -217,23 +215,29 @@ def _certainty(selection: dict[str, Any]) -> list[str]:
     return lines
 
 
+def duration(training: dict[str, Any]) -> str:
+    """Steps, and the seconds of those that the last call trained."""
+    resumed = training.get("resumed_from")
+    since = f" since step {resumed.split('-')[-1]}" if resumed else ""
+    return f"{training['steps']} steps, {training['seconds']:.1f} s{since}"
+
+
 def _training(records: Records) -> list[str]:
     lines = []
     dense = records["prepare"]["dense_training"] if "prepare" in records else None
     if dense is not None:
-        lines.append(f"- Dense model trained first: {dense['steps']} steps, {dense['seconds']:.1f} s.")
+        lines.append(f"- Dense model trained first: {duration(dense)}.")
     if "dilution" in records:
         dilution = records["dilution"]
         compensation = "with" if dilution["feature_compensation"] else "without"
         turns = TURNS.get(dilution.get("order", "together"), "")
         lines.append(
             f"- Dilution: {escape(dilution['schedule'])} schedule{turns}, {compensation} feature compensation, "
-            f"{dilution['steps']} steps, {dilution['seconds']:.1f} s."
+            f"{duration(dilution)}."
         )
         lines += _targets(dilution)
         if dilution["control"] is not None:
-            control = dilution["control"]
-            lines.append(f"- Dense model trained on beside it: {control['steps']} steps, {control['seconds']:.1f} s.")
+            lines.append(f"- Dense model trained on beside it: {duration(dilution['control'])}.")
     if "fold" in records:
         fold = records["fold"]
         equal = "equal bit for bit" if fold["bitwise_equal"] else "not equal bit for bit"
@@ -298,12 +302,6 @@ def _provenance(records: Records) -> list[str]:
         versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
         written.setdefault(versions, []).append(f"{name}.json")
     return lines + [f"- {', '.join(files)}: {escape(versions)}" for versions, files in written.items()]
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """A Markdown table, numbers to the right; the cells are escaped by whoever made them."""
-    align = ("---", *["---:"] * (len(header) - 1))
-    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
 
 
 def _layers(layers: list[int]) -> str:

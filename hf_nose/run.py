@@ -52,6 +52,9 @@ def run_job(settings: Settings) -> RunContext:
         return run
     if settings.push_to_hub and run.is_main:
         check_token()
+    if settings.overwrite:
+        # Refused while the old results are still there.
+        dense_model(settings, run.data.class_names)
     with locked(run.folder) if run.is_main else nullcontext():
         open_folder(run)
         run.state.wait_for_everyone()
@@ -62,6 +65,11 @@ def run_job(settings: Settings) -> RunContext:
     return run
 
 
+def stages_after(stage: str) -> tuple[str, ...]:
+    """The stages whose results rest on that of `stage`: all later ones, but of the profile, which is only told of."""
+    return ("report",) if stage == "profile" else STAGES[STAGES.index(stage) + 1 :]
+
+
 def rerun_stage(settings: Settings, stage: str) -> RunContext:
     """Runs one stage of an existing folder again; what later stages made of its old result is dropped."""
     asked = [name for name in ("dry_run", "resume", "overwrite", "push_to_hub") if getattr(settings, name)]
@@ -70,18 +78,19 @@ def rerun_stage(settings: Settings, stage: str) -> RunContext:
     run = RunContext(settings)
     with locked(run.folder) if run.is_main else nullcontext():
         check_settings(run, STAGES[: STAGES.index(stage)])
-        number = STAGES.index(stage)
+        later = stages_after(stage)
         if stage == "dilute" and settings.is_distilled:
             # Refused while the old results are still there.
             check_teacher(settings, run.load("dense").config, run.processor)
         if stage in TRAININGS:
             # From here on its checkpoints are those of the new training, which may be resumed.
-            drop_results(run, STAGES[number:])
+            drop_results(run, (stage, *later))
+            drop(run, EXPORTS)
         start_stage(run, stage, "[1/1]")
         record = STAGE_FUNCTIONS[stage](run)
         # A stage that does not train and fails has lost nothing.
-        drop_results(run, STAGES[number + 1 :])
-        for name in (name for later in STAGES[number + 1 :] for name in MADE_BY.get(later, ())):
+        drop_results(run, later)
+        for name in (name for each in later for name in MADE_BY.get(each, ())):
             drop(run, name)
         run.write(stage, record)
     return run
@@ -95,6 +104,9 @@ def run_stages(
         if run.is_finished(stage) and stage != "report":
             run.say(f"[{number}/{len(stages)}] {stage}: finished before")
             continue
+        if stage != "report":
+            # An export of before would be pushed as the result of now.
+            drop(run, EXPORTS)
         start_stage(run, stage, f"[{number}/{len(stages)}]")
         run.write(stage, functions[stage](run))
 
@@ -117,6 +129,7 @@ def open_folder(run: Job, stages: Sequence[str] = STAGES) -> None:
     found = {path.name for path in run.folder.iterdir()} - {".lock"}
     used, strangers = sorted(found & own), sorted(found - own)
     if settings.overwrite:
+        check_inputs(run)
         for name in used:
             drop(run, name)
     elif settings.resume:
@@ -127,6 +140,16 @@ def open_folder(run: Job, stages: Sequence[str] = STAGES) -> None:
             "--resume, delete what is in it with --overwrite, or name another folder."
         )
     write_text(run.folder / "settings.yaml", settings.to_yaml())
+
+
+def check_inputs(run: Job) -> None:
+    """`ValueError` where what the job starts from lies in the folder that it is to empty."""
+    for name in ("model", "teacher", "dataset"):
+        value = getattr(run.settings, name, None)
+        if value is not None and Path(value).exists() and Path(value).resolve().is_relative_to(run.folder.resolve()):
+            raise ValueError(
+                f"{name} {value} lies in output_dir {run.folder}, which is overwritten: name another one."
+            )
 
 
 def check_settings(run: Job, stages: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ class EpochSampler(torch.utils.data.Sampler):
     accelerate's `SeedableRandomSampler`.
 
     With `repeats` above 1 it is repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020): every image
-    drawn stands in the same batch `repeats` times, each with draws of its own, and an epoch keeps its length, so it
+    drawn stands `repeats` times in a row, each with draws of its own, and an epoch keeps its length, so it
     holds a share of 1 / repeats of the images. DeiT's sampler differs in two things: it deals the copies to the
     processes, and leaves out what does not fill 256 images.
 

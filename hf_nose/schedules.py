@@ -57,6 +57,15 @@ def decay_turns(order: str, length: int, count: int) -> list[tuple[int, int]]:
     return turns if order == "ascending" else turns[::-1]
 
 
+def check_fall(turns: list[tuple[int, int]]) -> None:
+    """`ValueError` where M of a layer with feature compensation would be 0 at once: that is `one_shot`, as f = x."""
+    if min(length for _, length in turns) == 1:
+        raise ValueError(
+            "decay leaves a layer one step or epoch for M to fall, so it would be 0 at once, which goes without "
+            "feature compensation only: make it longer, count it in steps, or set feature_compensation to false."
+        )
+
+
 def scheduled_masks(
     schedule: str,
     decay: float,

@@ -10,7 +10,7 @@ from .criteria import CRITERIA
 from .distillation import check_distillation
 from .options import RemovalOptions, TrainingOptions, option
 from .racing import check_race
-from .schedules import decay_length, decay_turns
+from .schedules import check_fall, decay_length, decay_turns
 
 
 STAGES = ("prepare", "profile", "select", "dilute", "fold", "evaluate", "report")
@@ -64,10 +64,16 @@ class Settings(TrainingOptions, RemovalOptions):
             check_race(CRITERIA[self.criterion], self.confidence)
         if self.unit == "epoch" and self.steps:
             raise ValueError("unit=epoch needs the length of training in epochs: give epochs instead of steps.")
+        # Refused here, not after the dense training.
+        self.check_decay(self.num_removed or 1)
+
+    def check_decay(self, count: int) -> None:
+        """`ValueError` where M of `count` layers would not fall as asked for, as far as the length is known by now."""
         if self.steps or self.unit == "epoch" and self.epochs:
-            # Refused here, not after the dense training.
             length = decay_length(self.decay, self.steps or math.ceil(self.epochs or 0))
-            decay_turns(self.order, length, self.num_removed or 1)
+            turns = decay_turns(self.order, length, count)
+            if self.uses_compensation:
+                check_fall(turns)
 
     @property
     def stage_list(self) -> list[str]:

@@ -16,14 +16,14 @@ from .images import ImageBatches
 from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification
-from .plan import check_teacher, dense_model, distillation_options, planned_layers
+from .plan import check_plan, check_teacher, dense_model, distillation_options, other_names, planned_layers
 from .profiling import count_macs, count_parameters, hardware, trainable_line
 from .progress import Progress
 from .records import EMBEDDED, public_id
 from .report import write_report
 from .selection import Selection, num_passes, random_sets, select_attention_layers
 from .surgery import fold
-from .timing import compare_throughput
+from .timing import compare_throughput, verdict
 from .weights import load_classifier
 
 
@@ -35,7 +35,9 @@ def prepare(run: RunContext) -> dict[str, Any]:
     model, processor = dense_model(settings, class_names)
     if "select" in settings.stage_list:
         # Refused here, not after the dense training.
-        planned_layers(settings, model.config)
+        check_plan(settings, model.config)
+    if (note := other_names(model.config, class_names)) is not None:
+        run.say(note)
     if "dilute" in settings.stage_list and settings.is_distilled:
         check_teacher(settings, model.config, processor)
     if settings.dense_steps or (settings.is_trained and "dilute" in settings.stage_list):
@@ -247,6 +249,8 @@ def evaluate(run: RunContext) -> dict[str, Any]:
             "images_per_s": speed["images_per_s"],
             "images_per_s_quartiles": speed["quartiles"],
             "ratio_to_dense": speed["ratio_to_first"],
+            "ratio_interval": speed["ratio_interval"],
+            "verdict": verdict(speed["ratio_interval"]),
         }
     return {
         "models": results,

@@ -1,6 +1,5 @@
 """Training that can be trusted: whole checkpoints, draws that repeat after a resume, a stop at the first NaN."""
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from .arguments import images_per_step
 from .augmentation import BatchAugmentation
-from .checkpoints import PREFIX, STAGING, checkpoint_record, latest_whole_checkpoint, publish, stage
+from .checkpoints import PREFIX, STAGING, check_resume, latest_whole_checkpoint, publish, stage
 from .distillation import Distiller
 from .ema import ExponentialMovingAverage
 from .images import ImageDataset
@@ -30,9 +29,6 @@ from .modeling_nose_vit import nose_vit
 from .optimization import check_data_size, check_precision
 from .progress import BarCallback, Pace
 from .streams import ImageStream
-
-
-logger = logging.getLogger(__name__)
 
 
 class NoseTrainer(LoadingTrainer):
@@ -112,6 +108,10 @@ class NoseTrainer(LoadingTrainer):
         self._micro_step = (step, self._micro_step[1] + 1 if self._micro_step[0] == step else 0)
         place = {"step": step, "micro_step": self._micro_step[1], "rank": self.args.process_index}
         if self.augmentation is not None:
+            if inputs["labels"].ndim > 1:
+                raise ValueError(
+                    "augmentation moves pixels and not the labels of each: leave it out for segmentation."
+                )
             inputs = {**inputs, "pixel_values": self.augmentation(inputs["pixel_values"], **place)}
         if self.mixing is not None:
             pixel_values, targets = self.mixing(inputs["pixel_values"], inputs["labels"], **place)
@@ -220,9 +220,14 @@ class NoseTrainer(LoadingTrainer):
                 # The Trainer has noted the place in staging, where a resume would look in vain.
                 self.state.best_model_checkpoint = str(folder / f"{PREFIX}{step}")
                 self.state.save_to_json(str(folder / STAGING / f"{PREFIX}{step}" / TRAINER_STATE_NAME))
-            publish(folder, step, threads=torch.get_num_threads(), world_size=self.args.world_size)
+            publish(folder, step, threads=torch.get_num_threads(), world_size=self._world_size)
             rotate_checkpoints(str(folder), self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _world_size(self) -> int:
+        """Processes, times the GPUs that one of them feeds: by so much a batch per device is multiplied."""
+        return self.args.world_size * max(1, self.args.n_gpu)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -232,12 +237,7 @@ class NoseTrainer(LoadingTrainer):
         self._micro_step = (-1, 0)
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._whole_checkpoint(resume_from_checkpoint))
-            record = checkpoint_record(Path(resume_from_checkpoint))
-            for name, now in (("threads", torch.get_num_threads()), ("world_size", self.args.world_size)):
-                if record[name] != now:
-                    logger.warning(
-                        f"Resuming with {name} = {now} what ran with {record[name]}: some bits of the result differ."
-                    )
+            check_resume(Path(resume_from_checkpoint), self._world_size, torch.get_num_threads())
         if self.ema is not None:
             self.ema.checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -17,7 +17,7 @@ from .images import ImageBatches, load_processor
 from .lora import NosePeftModel, lora_of, merge_lora
 from .metrics import evaluate_model
 from .modeling_nose_vit import NoseViTForImageClassification, nose_vit
-from .plan import name_classes
+from .plan import name_classes, stochastic_depth
 from .profiling import count_parameters, hardware, trainable_line
 from .progress import Progress
 from .report import load_lines
@@ -33,6 +33,9 @@ def transfer_job(settings: TransferSettings) -> Job[TransferSettings]:
     if settings.dry_run:
         dry_run(job)
         return job
+    if settings.overwrite:
+        # Refused while the old results are still there.
+        start_model(settings, job.data.class_names)
     with locked(job.folder) if job.is_main else nullcontext():
         open_folder(job, ["transfer"])
         job.state.wait_for_everyone()
@@ -86,11 +89,9 @@ def start_model(
     names, count = class_names, settings.num_labels
     if names is not None and count not in (None, len(names)):
         raise ValueError(f"num_labels must be {len(names)}, the classes that the data set names, got {count}.")
-    model = load_classifier(
-        settings.model,
-        num_labels=count if names is None else len(names),
-        drop_path_rate=settings.drop_path_rate,
-    )
+    count = count if names is None else len(names)
+    # Weights of half precision would be trained without loss scaling.
+    model = load_classifier(settings.model, num_labels=count, **stochastic_depth(settings)).float()
     if names is not None:
         name_classes(model.config, names)
     processor = load_processor(settings.model)

@@ -33,7 +33,7 @@ VERBS = {
     ),
     "profile": Verb(
         "entropy of every layer, in the folder of a run",
-        "Writes DIR/profile.json, and drops what later stages had made of the old one.",
+        "Writes DIR/profile.json, and drops the report that was made of the old one.",
         KEPT,
     ),
     "select": Verb(

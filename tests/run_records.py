@@ -81,6 +81,8 @@ def _model(top1, top5, loss, parameters, macs, images_per_s, ratio):
         "images_per_s": images_per_s,
         "images_per_s_quartiles": [images_per_s * 0.97, images_per_s * 1.02],
         "ratio_to_dense": ratio,
+        "ratio_interval": [ratio * 0.95, ratio * 1.04],
+        "verdict": "faster" if ratio * 0.95 > 1 else "not faster: no difference shown",
     }
 
 

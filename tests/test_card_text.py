@@ -1,5 +1,6 @@
 """Whose words a card holds, and what is filled in where it goes."""
 
+import pytest
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,6 +59,18 @@ def test_the_card_of_a_variant_loads_the_variant():
     card = addressed_card(CODE, "me/it", "half/way")
     assert card.count('"me/it", revision="half/way"') == 2 and card.count('"me/it", revision="stock"') == 1
     assert '"me/it", revision="half/way", trust_remote_code=True)' in card
+
+
+def test_a_branch_of_any_name():
+    """It is a replacement, not a pattern."""
+    text = addressed_card('load("YOUR_NAME/vit")', "me/vit", "é\\1")
+    assert text == 'load("me/vit", revision="é\\\\1")'
+
+
+@pytest.mark.parametrize("metadata", ["2024: x", "yes: 1", "[a]", "a: [b"])
+def test_metadata_that_are_none(metadata):
+    with pytest.raises(ValueError, match="metadata of README.md are not plain YAML"):
+        completed_card(f"---\n{metadata}\n---\n# b\n", None, "NoseViTForImageClassification")
 
 
 def test_what_is_filled_in_is_nobodys_words():

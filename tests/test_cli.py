@@ -137,7 +137,13 @@ def test_run_of_a_stage_and_of_the_stages_after_it(tmp_path, capsys):
     assert "Stages not run in this folder: evaluate" in (folder / "report.md").read_text()
     assert main(["profile", str(folder), "--tokens", "class"]) == OK
     assert record(folder, "profile")["tokens"] == "class"
-    assert not (folder / "fold.json").exists()
+    # Nothing but the report rests on a profile.
+    assert (folder / "fold.json").exists() and (folder / "model" / "config.json").exists()
+    assert not (folder / "report.md").exists() and not (folder / "figures").exists()
+    assert main(["select", str(folder)]) == OK
+    assert not (folder / "fold.json").exists() and not (folder / "model").exists()
+    assert main(["fold", "--device", "cpu", str(folder)]) == BAD_INPUT
+    assert "Give the folder of a run first: hf-nose fold DIR" in capsys.readouterr().err
     said = capsys.readouterr()
     assert "Traceback" not in said.err
 
@@ -149,7 +155,7 @@ def test_run_of_a_stage_and_of_the_stages_after_it(tmp_path, capsys):
         (["run", "--recipe", "nothing"], "recipe must be one of"),
         (["run", "--wrong", "1"], "Unknown settings: --wrong 1"),
         (["run", "--resume", "--overwrite"], "exclude each other"),
-        (["select"], "Give the folder of a run: hf-nose select DIR"),
+        (["select"], "Give the folder of a run first: hf-nose select DIR"),
         (["select", "nowhere"], "nowhere is not the folder of a run"),
         (["select", "FOLDER", "--num_removed", "4"], "num_removed must be in [1, 3], got 4"),
         (["fold", "FOLDER", "--seed", "3"], "seed (stage prepare: 0, now 3)"),

@@ -281,3 +281,12 @@ def test_drop_path_schedules():
     constant = config(drop_path_rate=0.5, drop_path_schedule="constant")
     assert [constant.drop_path(layer) for layer in range(6)] == [0.5] * 6
     assert config(num_hidden_layers=1, drop_path_rate=0.5).drop_path(0) == 0.5
+
+
+@pytest.mark.parametrize("fields", [{"out_indices": [1, 2]}, {"out_features": ["stage1", "stage2"]}])
+def test_feature_maps_of_a_nose_vit_are_asked_for_by_index_or_by_name(fields):
+    """One of the two is enough, whatever the source had."""
+    source = NoseViTConfig(**SIZES, out_features=["stage3"])
+    config = NoseViTConfig.from_vit(source, **fields)
+    assert (list(config.out_indices), config.out_features) == ([1, 2], ["stage1", "stage2"])
+    assert NoseViTConfig.from_vit(source).out_features == ["stage3"]

@@ -217,6 +217,8 @@ def test_stream_goes_through_a_seeded_shuffle_buffer(two_splits):
     assert calibration_numbers(draw(1)) != numbers
     assert draw(0).sha256 != draw(1).sha256
     assert draw(0, 100).num_images == 40
+    # Sorted by class, the first ones alone would be of one class.
+    assert max(number for seed in range(5) for number in calibration_numbers(draw(seed))) >= 32
 
 
 # --- layouts known by their id ---------------------------------------------------------------------------------------

@@ -64,6 +64,16 @@ def step(callback, found, state):
     return nose_vit(found).mask_values()
 
 
+def test_a_mask_that_would_be_zero_at_once_goes_without_compensation(tmp_path):
+    """A decay of one step, or of one epoch, is one_shot by another name."""
+    short = {"decay": 1 / STEPS}
+    with pytest.raises(ValueError, match="M would be 0 from the first step on"):
+        train(tmp_path / "a", model(DILUTED), DilutionCallback("linear", **short))
+    found = model([])
+    found.dilute(DILUTED, feature_compensation=False)
+    train(tmp_path / "b", found, DilutionCallback("linear", **short))
+
+
 def test_the_mask_follows_the_step_whatever_came_before():
     callback, found = DilutionCallback("cosine", 0.5), model(DILUTED)
     masks = {}

@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,13 @@ def test_no_file_names_this_machine(out):
         "C:\\Users\\me",
         "../weights",
         "~/weights",
+        "file:///a/b",
+        "me@host:/home/me/x",
+        "data:/home/me/x",
+        r"d:\data",
+        # As JSON has it.
+        r'"C:\\Users\\me"',
+        tempfile.gettempdir(),
         "hf_" + "aB3" * 11,
         str(Path.home()),
         str(Path.cwd()),
@@ -394,7 +402,15 @@ def test_what_is_private_is_found(text, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["/a/abbey and/or https://huggingface.co/data/x", "figures/entropy.png", "height / patch", "1/255", "</details>"]
+    [
+        "/a/abbey and/or https://huggingface.co/data/x",
+        r"images: \\_a\\_",
+        "https://data.example/home/x",
+        "figures/entropy.png",
+        "height / patch",
+        "1/255",
+        "</details>",
+    ]
     + ["a range 1..2", "images/s", "hf_nose", "./model", "~5 /10", "tv/monitor"],
 )
 def test_what_is_not_private_is_let_through(text, tmp_path):
@@ -426,6 +442,23 @@ def test_a_folder_in_use_is_not_written_to(tmp_path):
         with pytest.raises(ValueError, match="holds the model that is exported"):
             export_folder(source, place, overwrite=True)
     assert files(tmp_path / "out") == {"notes.txt": b"mine"}
+
+
+def test_words_that_a_kill_left_aside_are_kept(tmp_path):
+    """Killed between the two moves of a folder, the export of before, with its card, stands beside."""
+    source = checkpoint(tmp_path / "source")
+    out = export_folder(source, tmp_path / "out")
+    own = (out / "README.md").read_text() + "\nMy own words.\n"
+    (out / "README.md").write_text(own)
+    out.rename(tmp_path / ".out.old")
+    export_folder(source, out, overwrite=True)
+    assert (out / "README.md").read_text() == own
+
+
+def test_an_id_that_would_have_no_say(tmp_path):
+    out = export_folder(checkpoint(tmp_path / "source"), tmp_path / "out")
+    with pytest.raises(ValueError, match="dataset_id you/data would have no say: the checkpoint brings its own card"):
+        export_folder(out, tmp_path / "again", dataset_id="you/data")
 
 
 def test_an_earlier_export_is_replaced_only_by_a_whole_one(tmp_path):

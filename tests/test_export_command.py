@@ -8,8 +8,9 @@ from exported import checkpoint, made_run, processor
 from reference_vit import nose
 from tiny_run import files, finished_run, flags, record
 
-from hf_nose.cli import BAD_INPUT, FAILED, OK, main
+from hf_nose.cli import BAD_INPUT, FAILED, INTERRUPTED, OK, main
 from hf_nose.export_command import FORMATS, default_folder
+from hf_nose.stages import STAGE_FUNCTIONS
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,31 @@ def test_what_is_run_again_drops_the_export(tmp_path_factory, tmp_path, capsys):
     card.unlink()
     assert main(["run", *flags(run, "--overwrite", stages="prepare")]) == OK
     assert not (run / "export").exists()
+
+
+@pytest.mark.slow
+def test_what_is_stopped_and_resumed_drops_the_export(tmp_path_factory, tmp_path, monkeypatch):
+    """Else the next push would send the old model as the new one."""
+    run = shutil.copytree(finished_run(tmp_path_factory), tmp_path / "run")
+    assert main(["export", str(run)]) == OK
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGE_FUNCTIONS, "dilute", stopped)
+        assert main(["dilute", str(run), "--decay", "0.5"]) == INTERRUPTED
+    assert not (run / "export").exists()
+    assert main(["run", "--resume", f"--output_dir={run}"]) == OK
+    assert main(["export", str(run)]) == OK
+    # A run whose last stages come later.
+    (run / "metrics.json").unlink()
+    assert main(["run", "--resume", f"--output_dir={run}"]) == OK
+    assert not (run / "export").exists()
+    # Nothing is new.
+    assert main(["export", str(run)]) == OK
+    assert main(["run", "--resume", f"--output_dir={run}"]) == OK
+    assert (run / "export" / "hf" / "config.json").is_file()
 
 
 @pytest.mark.slow

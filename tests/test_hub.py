@@ -213,6 +213,15 @@ def test_weights_and_code_of_an_earlier_push_do_not_stay_beside_the_new(hub, pus
     assert len(repository.titles()) == 3
 
 
+def test_weights_below_the_top_are_somebody_elses(hub, push):
+    """An adapter, say, or another variant: nothing loads them in place of these."""
+    theirs = {"adapter/adapter_model.safetensors": b"mine", "dense/model.safetensors.index.json": b"mine"}
+    repository = hub.create("you/vit")
+    repository.refs["main"] = repository.add("by hand", repository.at().sha, theirs).sha
+    assert push().code == OK
+    assert {name: content for name, content in repository.files().items() if name in theirs} == theirs
+
+
 def test_a_name_without_owner_goes_to_the_owner_of_the_token(hub, push):
     assert push(repo_id="vit").code == OK
     assert list(hub.repositories) == [("models", "you/vit")]

@@ -54,9 +54,9 @@ def test_a_pull_request_and_a_revision_are_refused_at_parsing(capsys):
     assert "--revision: not allowed with argument --create_pr" in capsys.readouterr().err
 
 
-def test_a_pull_request_goes_against_main_of_a_named_owner(folder, capsys):
+def test_a_pull_request_goes_against_main_of_a_named_owner(run, folder, capsys):
     assert "must be OWNER/NAME, got 'vit'" in refused(capsys, folder, "--repo_id", "vit", "--create_pr")
-    stock = (folder, "--repo_id", "you/vit", "--create_pr", "--format", "stock-vit")
+    stock = (run, "--repo_id", "you/vit", "--create_pr", "--format", "stock-vit")
     assert "exclude each other" in refused(capsys, *stock)
 
 
@@ -119,6 +119,13 @@ def test_a_push_around_words_of_an_earlier_result_waits_for_a_look(run, capsys):
         raise AssertionError("sent")
     with exported_folder(run) as again:
         assert again == made and (made / README).read_text() == card and (made / "config.json").is_file()
+
+
+def test_another_format_than_a_checkpoints_own_is_refused(folder, capsys):
+    """Else its NoseViT would stand on the branch that promises a plain ViT."""
+    for words in (["--dry_run"], []):
+        assert main(["push", str(folder), "--repo_id=me/vit", "--format=stock-vit", *words]) == BAD_INPUT
+        assert "format stock-vit belongs to a run" in capsys.readouterr().err
 
 
 def test_an_export_that_a_link_leads_out_to_is_not_pushed(run, folder, capsys):
@@ -199,6 +206,15 @@ def test_a_part_that_is_missing(name, words, folder, capsys):
 def test_a_folder_that_is_no_checkpoint(tmp_path):
     with pytest.raises(ValueError, match="holds no config.json: `hf-nose export`"):
         listed_files(tmp_path)
+
+
+@pytest.mark.parametrize("auto_map", [None, [], ["a"], {"AutoModel": None}])
+def test_an_auto_map_that_is_none(auto_map, folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    assert main(["push", str(folder), "--repo_id=me/vit", "--dry_run"]) == BAD_INPUT
+    said = capsys.readouterr().err
+    assert "auto_map" in said and "Traceback" not in said
 
 
 def test_a_folder_without_the_code_that_loads_it(folder, capsys):

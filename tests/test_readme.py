@@ -32,6 +32,13 @@ def numbers_in(value) -> list[float]:
     return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
 
 
+def test_every_recipe_that_is_named_is_there():
+    named = set(re.findall(r"`((?:deit|cifar)-[\w-]+|short|cifar)`", README.split("## What a run leaves")[0]))
+    recipes = {path.stem for path in (ROOT / "hf_nose" / "recipes").glob("*.yaml")}
+    assert named | {"digits"} == recipes | {"cifar"} and len(named) > 7
+    assert not re.search(r"`[\w-]*\{[\w,]+\}[^`]*`", README)
+
+
 def test_generated_parts_are_current():
     assert render_results.rendered(README) == README
 

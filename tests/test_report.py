@@ -8,7 +8,8 @@ import pytest
 from run_records import LAYERS, VERSIONS, records, write_run
 
 from hf_nose.figures import draw_figures
-from hf_nose.report import escape, headline, load_lines, summary_table, write_report
+from hf_nose.markdown import escape
+from hf_nose.report import duration, headline, load_lines, summary_table, write_report
 
 
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -35,6 +36,8 @@ def other_metrics():
             "images_per_s": rate,
             "images_per_s_quartiles": [rate - 2.2, rate + 3.3],
             "ratio_to_dense": ratio,
+            "ratio_interval": [ratio - 0.03, ratio + 0.04],
+            "verdict": "not faster: no difference shown",
         }
     metrics["throughput"] = {"batch_size": 37, "rounds": 13}
     metrics["controls"] = metrics["controls"][:1]
@@ -52,7 +55,8 @@ def explained(metrics):
         found |= {f"{model['parameters'] / 1e6:.{digits}f}" for digits in (2, 3)}
         found |= {f"{model['macs'] / unit:.2f}" for unit in (1e6, 1e9)}
         found |= {f"{rate:.{digits}f}" for rate in rates(model) for digits in (0, 1)}
-        found |= {f"{model['ratio_to_dense']:.2f}", str(model["num_images"])}
+        found |= {f"{ratio:.2f}" for ratio in (model["ratio_to_dense"], *model["ratio_interval"])}
+        found |= {str(model["num_images"])}
     for key in ("parameters", "macs"):
         found.add(f"{abs(100 * (compressed[key] / dense[key] - 1)):.1f}")
     found.add(f"{abs(100 * (compressed['top1'] - rival['top1'])):.1f}")
@@ -94,7 +98,7 @@ def test_headline_of_a_faster_model():
     gained, lost = headline(records())
     assert gained == (
         "Gained: 0.341 M parameters become 0.294 M (-13.9 %), 6.12 M MACs become 5.20 M (-15.0 %), and the model is "
-        "faster, at 1.32 times the dense model's images/s."
+        "faster, at 1.32 times (confidence interval 1.25 to 1.37) the dense model's images/s."
     )
     assert lost == (
         "Lost: top-1 is 95.8 % against 96.7 %, 0.9 points below the dense model trained for the same total steps, on "
@@ -103,14 +107,26 @@ def test_headline_of_a_faster_model():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "words"), [(0.97, "not faster, at 0.97"), (1.0, "not faster, at 1.00"), (1.02, "is faster, at 1.02")]
+    ("verdict", "words"),
+    [
+        ("not faster: slower", "is not faster, at 1.32"),
+        ("not faster: no difference shown", "is not faster, at 1.32"),
+        ("faster", "is faster, at 1.32"),
+    ],
 )
-def test_not_faster_is_said_in_words(ratio, words):
+def test_not_faster_is_said_in_words(verdict, words):
+    """A median above 1 is not enough: the whole interval has to be."""
     content = records("metrics")
-    content["metrics"]["models"]["compressed"]["ratio_to_dense"] = ratio
+    content["metrics"]["models"]["compressed"]["verdict"] = verdict
     gained, _ = headline(content)
     assert words in gained
-    assert ("not faster" in gained) == (ratio <= 1)
+
+
+def test_the_seconds_of_a_resumed_training_are_of_its_last_part():
+    assert duration({"steps": 1000, "seconds": 3.21, "resumed_from": None}) == "1000 steps, 3.2 s"
+    assert duration({"steps": 0, "seconds": 0.0}) == "0 steps, 0.0 s"
+    resumed = {"steps": 1000, "seconds": 3.21, "resumed_from": "checkpoint-950"}
+    assert duration(resumed) == "1000 steps, 3.2 s since step 950"
 
 
 @pytest.mark.parametrize(

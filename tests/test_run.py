@@ -230,6 +230,22 @@ def test_overwrite_deletes_what_a_run_left_and_nothing_else(copy):
     assert len(record(copy, "prepare")["dense_training"]["log"]) < 4
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset": "nowhere.parquet"}, "nowhere.parquet"),
+        ({"model": "nowhere/config.json"}, "nowhere"),
+        ({"num_removed": None, "model": "{folder}/dense"}, "lies in output_dir .* name another one"),
+    ],
+)
+def test_overwrite_deletes_nothing_for_a_job_that_cannot_start(values, message, copy):
+    values = {name: value and value.format(folder=copy) for name, value in values.items()}
+    before = files(copy)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(copy, "--overwrite", **values)
+    assert files(copy) == before
+
+
 def test_overwrite_refuses_nothing_that_an_empty_folder_would_not(tmp_path):
     run(tmp_path / "new", "--overwrite", stages="prepare", dense_steps=1)
     assert (tmp_path / "new" / "prepare.json").is_file()
@@ -429,8 +445,9 @@ def test_a_stage_again_under_the_same_settings_gives_the_same(copy):
         ("select", ["--num_removed=4"], r"num_removed must be in \[1, 3\], got 4"),
         ("select", ["--layers=0,9"], "9"),
         ("select", ["--ratio=0.01"], "rounds to no layer"),
+        ("dilute", ["--decay=1", "--unit=epoch", "--epochs=1"], "one step or epoch for M to fall"),
         ("dilute", ["--num_removed=1"], r"num_removed \(stage select: 2, now 1\)"),
-        ("fold", ["--steps=1"], r"steps \(stage dilute: 8, now 1\)"),
+        ("fold", ["--steps=6"], r"steps \(stage dilute: 8, now 6\)"),
         ("select", ["--dry_run"], "dry_run belong to `hf-nose run`"),
         ("dilute", ["--resume", "--recipe=digits"], "resume belong to `hf-nose run`"),
         ("dilute", ["--overwrite"], "overwrite belong to `hf-nose run`"),

@@ -259,7 +259,10 @@ def test_a_decay_that_does_not_end_is_refused_before_anything_is_trained(values)
 def test_turns_that_do_not_fit_are_refused_before_anything_is_trained():
     with pytest.raises(ValueError, match="each of 3 layers a turn, but the decay has a length of 2"):
         Settings(steps=10, decay=2, order="ascending", num_removed=3)
-    Settings(steps=10, decay=3, order="ascending", num_removed=3)
+    with pytest.raises(ValueError, match="one step or epoch for M to fall"):
+        Settings(steps=10, decay=3, order="ascending", num_removed=3)
+    Settings(steps=10, decay=3, order="ascending", num_removed=3, feature_compensation=False)
+    Settings(steps=10, decay=6, order="ascending", num_removed=3)
     with pytest.raises(ValueError, match="one_shot removes all layers at once: it excludes order=descending"):
         Settings(steps=10, schedule="one_shot", order="descending")
 
@@ -412,7 +415,7 @@ def test_every_setting_is_classified_once():
 
 
 def test_a_stage_that_trains_nothing_depends_on_nothing_of_training():
-    trained, untrained = Settings(steps=1, dense_steps=1), Settings()
+    trained, untrained = Settings(steps=4, dense_steps=1), Settings()
     for stage in ("prepare", "dilute"):
         assert set(trained.of_stage(stage)) - set(untrained.of_stage(stage)) == set(OF_TRAINING.split())
         assert not set(untrained.of_stage(stage)) & set(OF_TRAINING.split())

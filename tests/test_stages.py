@@ -11,11 +11,15 @@ from tiny_run import NUM_BLOCKS, TINY, finished_run, record, rerun, resume, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_nose import NoseViTForImageClassification
+from hf_nose import stages as stages_module
 from hf_nose.command_line import parse_settings
 from hf_nose.context import RunContext
 from hf_nose.files import SCHEMA
-from hf_nose.plan import dense_model, num_layers, parse_layers, planned_layers
+from hf_nose.images import digits_processor
+from hf_nose.modeling_nose_vit import NoseViTModel
+from hf_nose.plan import dense_model, num_layers, other_names, parse_layers, planned_layers
 from hf_nose.records import RECORDS
+from hf_nose.selection import Selection
 from hf_nose.settings import STAGES, Settings
 from hf_nose.stages import STAGE_FUNCTIONS, control_sets
 
@@ -354,6 +358,75 @@ def test_a_new_head_has_to_be_trained(finished):
         dense_model(Settings(model=str(finished / "dense")), names)
     model, _ = dense_model(Settings(model=str(finished / "dense"), dense_steps=1), names)
     assert model.classifier.out_features == 3 and model.config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+def test_a_model_without_a_head_gets_one_that_is_trained(finished, tmp_path):
+    NoseViTModel.from_vit(str(finished / "dense")).save_pretrained(tmp_path / "headless")
+    digits_processor().save_pretrained(tmp_path / "headless")
+    names = [str(number) for number in range(10)]
+    with pytest.raises(ValueError, match="The model has no head, the data set 10: .* Set dense_steps"):
+        dense_model(Settings(model=str(tmp_path / "headless")), names)
+    model, _ = dense_model(Settings(model=str(tmp_path / "headless"), dense_steps=1), names)
+    assert model.config.id2label == dict(enumerate(names)) and model.classifier.out_features == 10
+
+
+def test_half_a_checkpoint_is_compressed_in_float32(finished, tmp_path):
+    NoseViTForImageClassification.from_pretrained(finished / "dense").half().save_pretrained(tmp_path / "half")
+    digits_processor().save_pretrained(tmp_path / "half")
+    model, _ = dense_model(Settings(model=str(tmp_path / "half")), None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_classes_of_other_names_are_told(finished):
+    model, _ = dense_model(Settings(model=str(finished / "dense")), None)
+    own = [model.config.id2label[label] for label in range(10)]
+    assert other_names(model.config, own) is None and other_names(model.config, None) is None
+    note = other_names(model.config, [*own[:3], "three", *own[4:]])
+    assert note == f"Class 3 is {own[3]!r} to the model, 'three' in the data set: its head and names are kept."
+
+
+HALF = {"num_removed": None, "ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"random_controls": 7}, "random_controls must be at most 6, the sets of 2 among 4 layers, got 7"),
+        ({**HALF, "decay": 0.1, "order": "ascending", "feature_compensation": "false"}, "each of 2 layers a turn"),
+        ({**HALF, "decay": 2, "order": "ascending"}, "one step or epoch for M to fall"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_dense_training(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", **values)
+    assert not (tmp_path / "run" / "training" / "dense").exists()
+
+
+def test_the_search_does_as_it_is_told(copy, monkeypatch):
+    """Every setting of it, by name, and none of them as it is by default."""
+    told = {}
+
+    def search(model, batches, count, **options):
+        told.update(options)
+        names = ("criterion", "search", "mask", "sign", "target")
+        return Selection(layers=[1, 2], **{name: options[name] for name in names})
+
+    monkeypatch.setattr(stages_module, "select_attention_layers", search)
+    wanted = {
+        "criterion": "loss",
+        "search": "beam",
+        "mask": "double",
+        "sign": "signed",
+        "target": "features",
+        "beam_width": 2,
+        "num_draws": 3,
+        "confidence": 0.5,
+        "stack_candidates": True,
+        "state_cache_gib": 0.25,
+    }
+    flags = [f"--{name}={value}" for name, value in wanted.items()]
+    rerun(copy, "select", *flags, "--seed=0", "--search_tail=true", "--search_bf16=true")
+    assert told == wanted | {"seed": 0, "class_token_tail": True, "bf16": True}
 
 
 # How many layers, and which

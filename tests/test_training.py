@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_training import Images, arguments, differing, halves, model, weights, zero_logits
 from transformers import TrainerCallback
 
+from hf_nose import checkpoints
 from hf_nose.augmentation import BatchAugmentation
 from hf_nose.checkpoints import STAGING, checkpoint_record, latest_whole_checkpoint, steps_from_last
 from hf_nose.dilution import DilutionCallback
@@ -550,6 +551,24 @@ def test_a_resume_under_another_thread_count_says_so(tmp_path, caplog):
         torch.set_num_threads(threads)
     assert f"Resuming with threads = {threads + 1} what ran with {threads}" in caplog.text
     assert record["threads"] == threads + 1
+
+
+def test_a_resume_on_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    """A step would take other images, and an epoch have other steps: M would jump, and images be left out."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model(), callbacks=[At(4, interrupt)])
+    read = checkpoints.checkpoint_record
+    monkeypatch.setattr(checkpoints, "checkpoint_record", lambda folder: read(folder) | {"world_size": 2})
+    with pytest.raises(ValueError, match="Training ran on 2 processes or GPUs and cannot go on with 1"):
+        train(tmp_path, model(), steps=8, resume=True)
+
+
+def test_pixels_are_not_moved_without_their_labels(tmp_path):
+    data = {"train_dataset": Images(), "eval_dataset": Images(6)}
+    moving = NoseTrainer(model=model(), args=arguments(tmp_path), augmentation=BatchAugmentation(flip=True), **data)
+    batch = {"pixel_values": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2, 8, 8, dtype=torch.long)}
+    with pytest.raises(ValueError, match="moves pixels and not the labels of each"):
+        moving.training_step(moving.model, batch)
 
 
 def test_a_resume_under_the_same_thread_count_says_nothing(tmp_path, caplog):

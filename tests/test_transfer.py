@@ -235,8 +235,8 @@ def test_a_folder_is_used_once_continued_or_overwritten(folded, tmp_path, capsys
     run(folder, model=folded)
     before = files(folder)
 
-    def refused(*switches, code=BAD_INPUT, **values):
-        assert main(["transfer", *words(folder, *switches, model=folded, **values)]) == code
+    def refused(*switches, code=BAD_INPUT, model=folded, **values):
+        assert main(["transfer", *words(folder, *switches, model=model, **values)]) == code
         assert files(folder) == before
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hf-nose: ")]
         return line
@@ -246,8 +246,24 @@ def test_a_folder_is_used_once_continued_or_overwritten(folded, tmp_path, capsys
     assert "lora_rank (stage transfer: 0, now 2)" in refused("--resume", lora_rank=2)
     with locked(folder):
         assert "Another process is at work" in refused("--resume", code=FAILED)
+    inside = str(folder / "model")
+    assert "lies in output_dir" in refused("--overwrite", model=inside)
     assert main(["transfer", *words(folder, "--overwrite", model=folded, linear_probe=True)]) == OK
     assert json.loads((folder / "metrics.json").read_text())["method"] == "linear_probe"
+
+
+def test_stochastic_depth_is_what_was_asked_for(folded):
+    for schedule in ("constant", "linear"):
+        values = {"model": str(folded), "drop_path_rate": 0.2, "drop_path_schedule": schedule}
+        model, _ = start_model(TransferSettings(**values, steps=1), NAMES)
+        assert (model.config.drop_path_rate, model.config.drop_path_schedule) == (0.2, schedule)
+
+
+def test_half_a_checkpoint_is_trained_in_float32(tmp_path):
+    model = start("removed").half()
+    folder = saved(tmp_path / "half", model) or tmp_path / "half"
+    found, _ = start_model(TransferSettings(model=str(folder), steps=1), NAMES)
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
 
 
 def test_a_transfer_that_fails_leaves_no_model(folded, tmp_path, capsys):

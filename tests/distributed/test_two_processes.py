@@ -16,6 +16,7 @@ from two_processes import CLASSES, STEPS, train_all
 
 from hf_nose.images import digits_processor
 from hf_nose.launch import LaunchError
+from hf_nose.modeling_nose_vit import NoseViTForImageClassification
 from hf_nose.training import NoseTrainer
 
 
@@ -105,7 +106,8 @@ def test_sharded_weights_end_where_whole_ones_do(shards, compensation):
     expected = weights(two_shards.train(found, rank=0, world_size=1))
     assert expected["vit.dilution_mask"].tolist() == [0.0, 0.0]
     count = sum(parameter.numel() for parameter in found.parameters())
-    for rank in shards:
+    # Either rank's, and what was saved.
+    for rank in (each for each in shards if each[compensation]):
         assert rank[compensation]["sharded"] == len(list(found.parameters()))
         # Each holds its part and no more, but for what does not divide evenly.
         assert rank[compensation]["local"] < 0.6 * count
@@ -120,7 +122,11 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     code, output = on_two(HERE / "two_shards.py", folder, folder=folder)
     assert code == 0, output
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    for compensation in (False, True):
+        saved = NoseViTForImageClassification.from_pretrained(folder / f"saved-{compensation}")
+        found.append({compensation: found[0][compensation] | {"weights": weights(saved)}, not compensation: None})
+    return found
 
 
 def test_shards_that_would_be_whole_copies_are_refused(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from hf_nose.modeling_nose_vit import nose_vit  # noqa: E402
+from hf_nose.processes import whole_weights  # noqa: E402
 from hf_nose.schedules import scheduled_masks  # noqa: E402
 
 
@@ -53,7 +54,10 @@ if __name__ == "__main__":
         made.dilute([1, 2], feature_compensation=compensation)
         sharded = train(shard(made), rank, world_size)
         is_sharded = sum(isinstance(parameter, DTensor) for parameter in sharded.parameters())
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in sharded.state_dict().items()}
+        whole = whole_weights(sharded)
+        if rank == 0:
+            # As a job does behind its training.
+            sharded.save_pretrained(Path(sys.argv[1]) / f"saved-{compensation}", state_dict=whole)
         answer[compensation] = {
             "weights": whole,
             "sharded": is_sharded,
