@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, ViTConfig
+from transformers import AutoConfig, PreTrainedConfig, ViTConfig
 from transformers.image_processing_backends import PilBackend
 
 from .configuration_nose_vit import NoseViTConfig
@@ -55,7 +55,7 @@ def dense_model(settings: Settings, class_names: list[str] | None) -> tuple[Nose
 
 def has_head(model: str) -> bool:
     """Whether the configuration of a checkpoint says that it is a classifier."""
-    names = AutoConfig.from_pretrained(model).architectures or []
+    names = PreTrainedConfig.get_config_dict(model)[0].get("architectures") or []
     return not names or any(name.endswith("ForImageClassification") for name in names)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import flags
+from tiny_run import CONFIG, flags, tiny_model
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +23,9 @@ def options(tmp_path_factory):
     """A command line of two seeds and two arms, for a model of seconds."""
     folder = tmp_path_factory.mktemp("digits")
     words = [f"--work_dir={folder / 'work'}", f"--results={folder / 'results'}", "--seeds=0,1"]
-    values = flags(folder / "run", output_dir=None, recipe=None)
+    config = tiny_model(folder / "model")
+    config.write_text(json.dumps(CONFIG | {"num_hidden_layers": 7}))
+    values = flags(folder / "run", output_dir=None, recipe=None, num_removed=None, model=config)
     return [*words, f"--arms={','.join(ARMS)}", *values], folder
 
 

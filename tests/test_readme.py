@@ -33,7 +33,8 @@ def numbers_in(value) -> list[float]:
 
 
 def test_every_recipe_that_is_named_is_there():
-    named = set(re.findall(r"`((?:deit|cifar)-[\w-]+|short|cifar)`", README.split("## What a run leaves")[0]))
+    head = README.split("## What a run leaves")[0]
+    named = set(re.findall(r"`(?:--recipe )?((?:deit|cifar)-[\w-]+|short|cifar)`", head))
     recipes = {path.stem for path in (ROOT / "hf_nose" / "recipes").glob("*.yaml")}
     assert named | {"digits"} == recipes | {"cifar"} and len(named) > 7
     assert not re.search(r"`[\w-]*\{[\w,]+\}[^`]*`", README)

@@ -57,7 +57,7 @@ if __name__ == "__main__":
         whole = whole_weights(sharded)
         if rank == 0:
             # As a job does behind its training.
-            sharded.save_pretrained(Path(sys.argv[1]) / f"saved-{compensation}", state_dict=whole)
+            sharded.save_pretrained(Path(sys.argv[1]) / f"saved-{compensation}", state_dict=dict(whole))
         answer[compensation] = {
             "weights": whole,
             "sharded": is_sharded,
