@@ -182,7 +182,8 @@ def controlled(shares: torch.Tensor, controls: list[torch.Tensor]) -> torch.Tens
     known = torch.stack(controls, 1)
     known = known - known.mean(0)
     seen = known[: len(shares)]
-    slopes = torch.linalg.lstsq(seen - seen.mean(0), (shares - shares.mean())[:, None]).solution
+    # By its singular values: `lstsq` pivots, and may begin with a control that is constant.
+    slopes = torch.linalg.pinv(seen - seen.mean(0)) @ (shares - shares.mean())[:, None]
     return shares - (seen @ slopes)[:, 0]
 
 

@@ -188,15 +188,17 @@ def training_speed(folder: Path) -> str:
                 f"{100 * data['waiting_share']:.1f} %",
             ]
         )
-        notes.append(f"- {source(record)}; layers {record['layers']}, {steps['pairs']} rounds in turn; `{path.name}`.")
+        workers = f"loader workers: {record['num_workers'] or 'none'}"
+        told = f"layers {record['layers']}, {steps['pairs']} rounds in turn, {workers}"
+        notes.append(f"- {source(record)}; {told}; `{path.name}`.")
     header = ["run", "dense s", "diluted s", "M = 0 s", "dilution costs", "M = 0 saves", "MACs saved", "data waits"]
     return (
         "\n\n".join(
             [
                 "# What a training step costs",
                 "Rendered by `python scripts/render_pages.py`; no number is typed. Seconds are medians of whole "
-                "optimizer steps; shares are medians of ratios taken round by round. The last column is the share of "
-                "its time that training with loader workers waits for images.",
+                "optimizer steps; shares are medians of ratios taken round by round, MACs those that are computed. "
+                "The last column is the share of its time that training waits for images.",
                 "\n".join(markdown_table(header, rows)),
                 "\n".join(notes),
             ]

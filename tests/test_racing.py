@@ -138,8 +138,9 @@ def test_controls_move_the_mean_by_what_they_explain():
     whole = torch.from_numpy(shares)
     assert float(controlled(whole, controls).mean()) == pytest.approx(float(whole.mean()), rel=1e-12)
     # Two controls that are the same, or constant, explain what one does.
-    again = controlled(seen, [controls[0], controls[0], torch.ones(200, dtype=torch.float64)])
-    torch.testing.assert_close(again, controlled(seen, controls[:1]))
+    constant = torch.ones(200, dtype=torch.float64)
+    for others in ([controls[0], controls[0], constant], [constant, controls[0]], [controls[0], 3 * controls[0]]):
+        torch.testing.assert_close(controlled(seen, others), controlled(seen, controls[:1]))
 
 
 # Races between made populations
